@@ -1,0 +1,136 @@
+"""The typed rows that the two halves exchange through the store.
+
+The evidence half writes contexts and writes; the labeling half reads them back as `LatentEvidence` and writes labels and
+scores. Nothing here imports torch, so evidence collected on a GPU machine can be labelled on a laptop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+State = Literal["live", "dead", "revived", "silenced"]
+Role = Literal["read", "written", "static"]
+ContextKind = Literal["top", "top_base", "gain", "loss", "quantile", "silent"]
+Split = Literal["explain", "score"]
+WriteKind = Literal["raises", "lowers", "promotes", "suppresses"]
+LabelStatus = Literal["ok", "known", "refused", "failed"]
+CallStatus = Literal["sent", "ok", "error", "refused", "in_doubt"]
+
+ACTIVATING_KINDS: tuple[ContextKind, ...] = ("top", "top_base", "gain", "loss", "quantile")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """A window of document tokens around one activation peak (or, for `silent`, around no activation at all)."""
+
+    latent: int
+    context_id: int
+    """Unique within a latent of a run."""
+    kind: ContextKind
+    rank: int
+    """1 is the largest within its kind, both splits ranked together; silent contexts are in drawing order."""
+    split: Split
+    doc: int
+    """Index of the document in the corpus, in corpus order."""
+    position: int
+    """Index of the peak among the document's tokens."""
+    tokens: tuple[str, ...]
+    """Decoded tokens of the window; BOS is never among them."""
+    act_base: tuple[float, ...]
+    """Activation of the latent in the base model at each token of the window."""
+    act_adapted: tuple[float, ...]
+    peak: int
+    """Index of the peak within `tokens`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One thing that the adapter does when a latent fires, read off the latent's row of the change map."""
+
+    latent: int
+    kind: WriteKind
+    target_latent: int | None
+    """The latent raised or lowered."""
+    target_token: str | None
+    """The token promoted or suppressed."""
+    weight: float
+    """raises/lowers: change of the target's activation at the latent's mean firing activation. promotes/suppresses: mean
+    change of the token's log-probability (nats), read at the hook through the final norm and the unembedding."""
+    rank: int
+    """1 is the strongest of its kind."""
+    target_hint: str | None = None
+    """raises/lowers: tokens that the target's decoder row promotes, for a reader to whom its number says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Most probable next tokens at the peak of a context."""
+
+    latent: int
+    context_id: int
+    side: Literal["base", "adapted"]
+    rank: int
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatentEvidence:
+    """All that a labeler may know about one selected latent."""
+
+    run_id: str
+    latent: int
+    rank: int
+    role: Role
+    state: State
+    gain: float | None
+    """Signed change along the latent's own direction: +0.25 is 25 % stronger."""
+    change: float | None
+    mean_base: float
+    mean_adapted: float
+    freq_base: float
+    freq_adapted: float
+    max_base: float
+    max_adapted: float
+    contexts: tuple[Context, ...]
+    writes: tuple[Write, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+
+    def of(self, split: Split, *kinds: ContextKind) -> tuple[Context, ...]:
+        """Contexts of one split; of all kinds when none is named. In order of context_id."""
+        return tuple(c for c in self.contexts if c.split == split and (not kinds or c.kind in kinds))
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a labeler says of one latent."""
+
+    latent: int
+    labeler: str
+    """`lexical`, `openai:MODEL` or `anthropic:MODEL`."""
+    status: LabelStatus
+    label: str | None = None
+    explanation: str | None = None
+    effect: str | None = None
+    error: str | None = None
+    prompt_sha256: str | None = None
+    rule: dict | None = field(default=None, hash=False)
+    """The executable rule behind a lexical label; None for labels in free text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a label predicts where its latent fires, on documents that the labeler never saw."""
+
+    latent: int
+    labeler: str
+    scorer: str
+    value: float | None
+    """Balanced accuracy in [0, 1]; None when nothing could be scored."""
+    ci_low: float | None
+    ci_high: float | None
+    null_value: float | None
+    """The same scorer given another latent's label; None when there is no other label."""
+    n_examples: int
+    n_missing: int
