@@ -1,0 +1,1 @@
+"""The evidence half: what an adapter changed, measured in tensors. Never imports the labeling half."""

@@ -1,0 +1,7 @@
+"""Adapters on disk: one module per format, behind one registry. `detect` is the way in."""
+
+from __future__ import annotations
+
+from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, detect, local_folder
+
+__all__ = ["ADAPTERS", "AdapterFormat", "detect", "local_folder"]

@@ -1,0 +1,115 @@
+"""What an adapter format must answer, and how the format of a folder is found. Torch is loaded with weights."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autointerp.errors import InputError
+from autointerp.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from autointerp.evidence.model_pair import ModelPair
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_CHUNK = 1 << 20
+
+
+class AdapterFormat(ABC):
+    """One way in which a trainer leaves its result on disk. Everything here takes a folder or a hub id."""
+
+    name: str
+    generic: bool = False
+    """Whether files of a more special format also look like this one, so that the others are asked first."""
+
+    @abstractmethod
+    def matches(self, path: Path) -> bool:
+        """Whether the folder looks like this format, by the names of its files; a damaged one still matches."""
+
+    @abstractmethod
+    def files(self, path: Path) -> list[Path]:
+        """The files that make the adapter what it is: config and weights, sorted."""
+
+    @abstractmethod
+    def check(self, path: Path) -> None:
+        """InputError, in one line, for what is missing, damaged or not finite."""
+
+    @abstractmethod
+    def base_of(self, spec: str | Path) -> str | None:
+        """The base model that the adapter names: an absolute path if it exists here, a hub id as it is, or None."""
+
+    @abstractmethod
+    def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
+        """Base and adapted model; InputError, in one line, where they do not fit each other."""
+
+    def sha256(self, spec: str | Path) -> str:
+        """Over the names and bytes of `files`: the same wherever the folder lies."""
+        digest = hashlib.sha256()
+        for file in self.files(local_folder(spec)):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as content:
+                while chunk := content.read(_CHUNK):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+ADAPTERS: Registry[AdapterFormat] = Registry("adapter format", "autointerp.evidence.adapters")
+
+
+def detect(spec: str | Path) -> AdapterFormat:
+    """The format of the adapter at a path or hub id, its files checked; InputError, in one line, otherwise."""
+    folder = local_folder(spec)
+    for candidate in sorted((format for _, format in ADAPTERS.items()), key=lambda format: format.generic):
+        if candidate.matches(folder):
+            candidate.check(folder)
+            return candidate
+    below = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
+    below = below or sorted(file.parent for file in folder.glob("*/config.json"))
+    hint = f"give --adapter {below[-1]}" if below else "give --adapter a PEFT folder or a checkpoint"
+    raise InputError(
+        f"adapter {spec}: no adapter_config.json, nor config.json with weights, nor any other file of a format we read"
+        f" ({', '.join(ADAPTERS.names())}); {hint}"
+    )
+
+
+def local_folder(spec: str | Path) -> Path:
+    """The folder of an adapter: the path itself, or the snapshot of a hub id, downloaded if need be."""
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"adapter {spec}: is a file; give the folder that holds it")
+    if _HUB_ID.fullmatch(str(spec)):
+        return _snapshot(str(spec))
+    raise InputError(f"adapter {spec}: no such folder; give --adapter an existing path, or a hub id")
+
+
+def located(name: str | None, folder: Path) -> str | None:
+    """A model name found in a file of `folder`: an absolute path where there is one, else as it is.
+
+    Relative paths are looked for beside the adapter first, then in the working directory.
+    """
+    if not name:
+        return None
+    written = Path(name).expanduser()
+    found = next((place for place in (folder.resolve() / written, written) if place.exists()), None)
+    return str(found.resolve()) if found else name
+
+
+@lru_cache
+def _snapshot(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.pt", "*.model"]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"adapter {repo}: no such folder here, and not to be had from the hub ({reason}); give --adapter a path"
+        ) from error

@@ -1,0 +1,88 @@
+"""Full or merged checkpoints: a whole model beside its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autointerp.errors import InputError
+from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, local_folder, located
+
+if TYPE_CHECKING:
+    import torch
+
+    from autointerp.evidence.model_pair import ModelPair
+
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class CheckpointFormat(AdapterFormat):
+    """`config.json` and `model.safetensors` or `pytorch_model.bin`, whole or in shards."""
+
+    name = "checkpoint"
+    generic = True
+
+    def matches(self, path: Path) -> bool:
+        """Adapter files beside a config.json make the folder an adapter's."""
+        adapter = any(path.glob("adapter_*"))
+        return not adapter and (((path / "config.json").is_file() and _is_model(path)) or bool(_weights(path)))
+
+    def files(self, path: Path) -> list[Path]:
+        return [path / "config.json", *_weights(path)]
+
+    def check(self, path: Path) -> None:
+        """Headers only: whether the weights are finite is seen when they are loaded."""
+        from autointerp.evidence.loading import check_header, read_json
+
+        if not (path / "config.json").is_file():
+            raise InputError(f"adapter {path}: weights without config.json; save the model with save_pretrained")
+        read_json(path / "config.json", "adapter")
+        for index in (path / name for name in INDICES if (path / name).is_file()):
+            shards = set(read_json(index, "adapter").get("weight_map", {}).values())
+            if missing := sorted(shard for shard in shards if not (path / shard).is_file()):
+                raise InputError(f"adapter {path}: {index.name} names {missing[0]}, which is missing; copy it there")
+        weights = _weights(path)
+        if not weights:
+            raise InputError(
+                f"adapter {path}: config.json without model.safetensors; save the model with save_pretrained"
+            )
+        for file in weights:
+            if file.suffix == ".safetensors":
+                check_header(file, "adapter")
+
+    def base_of(self, spec: str | Path) -> str | None:
+        """What older versions of transformers noted as the model that training started from."""
+        from autointerp.evidence.loading import read_json
+
+        folder = local_folder(spec)
+        base = located(read_json(folder / "config.json", "adapter").get("_name_or_path"), folder)
+        return None if base == str(folder.resolve()) else base
+
+    def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
+        from autointerp.evidence.loading import load_causal_lm, load_config
+        from autointerp.evidence.model_pair import TwoModels
+
+        folder = local_folder(spec)
+        kinds = [config.model_type for config in (load_config(folder, "adapter"), load_config(base))]
+        if kinds[0] != kinds[1]:
+            raise InputError(
+                f"adapter {folder} is a {kinds[0]}, base {base} a {kinds[1]}: give --base the one it came from"
+            )
+        # The base first: where equal, its weights are kept and the checkpoint's are let go.
+        ours = load_causal_lm(base, dtype=dtype, device=device)
+        theirs = load_causal_lm(folder, dtype=dtype, device=device, option="adapter")
+        return TwoModels(ours, theirs, f"adapter {folder}")
+
+
+def _weights(folder: Path) -> list[Path]:
+    safe = sorted(folder.glob("model*.safetensors"))
+    return safe or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether config.json is a transformers model's, or is damaged: other formats also have a file of that name."""
+    text = (folder / "config.json").read_text(errors="replace")
+    return '"model_type"' in text or not text.rstrip().endswith("}")
+
+
+ADAPTERS.register("checkpoint")(CheckpointFormat())

@@ -1,0 +1,138 @@
+"""PEFT adapters: LoRA, rsLoRA, DoRA, IA3 and whatever else changes modules of the model; `peft` itself loads them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autointerp.errors import InputError
+from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, local_folder, located
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from autointerp.evidence.model_pair import ModelPair
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class PeftFormat(AdapterFormat):
+    """`adapter_config.json` and `adapter_model.safetensors` or `.bin`."""
+
+    name = "peft"
+    generic = True
+
+    def matches(self, path: Path) -> bool:
+        return any((path / file).is_file() for file in (CONFIG, *WEIGHTS))
+
+    def files(self, path: Path) -> list[Path]:
+        return [path / file for file in (CONFIG, *WEIGHTS) if (path / file).is_file()]
+
+    def check(self, path: Path) -> None:
+        from autointerp.evidence.loading import check_finite, check_header, read_json
+
+        weights = _weights(path)
+        if not (path / CONFIG).is_file():
+            raise InputError(
+                f"adapter {path}: {weights} without {CONFIG}; copy the one that the trainer wrote beside it"
+            )
+        if weights is None:
+            raise InputError(
+                f"adapter {path}: {CONFIG} without {WEIGHTS[0]}; copy the one that the trainer wrote beside it"
+            )
+        if "peft_type" not in read_json(path / CONFIG, "adapter"):
+            raise InputError(f"adapter {path}: {CONFIG} has no peft_type; save it again with PEFT's save_pretrained")
+        if weights.endswith(".safetensors"):
+            check_header(path / weights, "adapter")
+        check_finite(f"adapter {path}", _tensors(path / weights))
+
+    def base_of(self, spec: str | Path) -> str | None:
+        from autointerp.evidence.loading import read_json
+
+        folder = local_folder(spec)
+        return located(read_json(folder / CONFIG, "adapter").get("base_model_name_or_path"), folder)
+
+    def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
+        from autointerp.evidence.loading import load_causal_lm
+        from autointerp.evidence.model_pair import PeftPair, TwoModels, config_alters_base
+
+        folder = local_folder(spec)
+        config = _config(folder)
+        model = load_causal_lm(base, dtype=dtype, device=device)
+        peft = _attached(model, folder, base)
+        if config_alters_base(config) is None:
+            return PeftPair(peft)
+        # Switched off, such an adapter leaves weights that are not the base's; merged, it is a checkpoint like any.
+        merged = peft.merge_and_unload()
+        return TwoModels(load_causal_lm(base, dtype=dtype, device=device), merged, f"adapter {folder}")
+
+
+def _weights(folder: Path) -> str | None:
+    return next((file for file in WEIGHTS if (folder / file).is_file()), None)
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) pairs of a weights file, one at a time where the format allows it; safe loaders only."""
+    import pickle
+
+    import torch
+    from safetensors import safe_open
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as content:
+            for key in content.keys():  # noqa: SIM118 (not a dict)
+                yield key, content.get_tensor(key)
+        return
+    try:
+        yield from torch.load(file, map_location="cpu", weights_only=True).items()
+    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+        raise InputError(f"adapter {file}: damaged, or not plain tensors; save it again as safetensors") from error
+
+
+def _config(folder: Path) -> PeftConfig:
+    """The adapter's config; InputError for types that change no module, or that run only inside PeftModel.forward."""
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"adapter {folder}: {CONFIG} is not one that this peft reads ({reason}); update peft"
+        ) from error
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
+        raise InputError(
+            f"adapter {folder}: PEFT type {kind} adds to the prompt or gates whole adapters, it changes no modules,"
+            " and is not supported: give a LoRA-like adapter or a checkpoint"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise InputError(f"adapter {folder}: an activated LoRA acts only after its invocation tokens; not supported")
+    return config
+
+
+def _attached(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
+    """`model` with the adapter in it; InputError where the adapter does not fit it."""
+    from peft import PeftModel
+
+    mend = "it was trained on another model: give its own with --base"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            peft = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+        except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[min(1, len(lines) - 1)][:160] if lines else type(error).__name__
+            raise InputError(f"adapter {folder} does not fit base {base} ({reason}); {mend}") from error
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise InputError(f"adapter {folder} does not fit base {base} (some of its layers have no weights); {mend}")
+    return peft.eval()
+
+
+ADAPTERS.register("peft")(PeftFormat())

@@ -1,0 +1,178 @@
+"""The change map: what an adapter writes into the residual stream when each base latent fires.
+
+Model, per counted token t:  Δx_t ≈ δ̄ + Σ_j z_tj c_j,  where z are the latents of the BASE model, Δx = x_adapted − x_base, δ̄ is the
+mean of Δx (the static part) and c_j [d] is the row of latent j. Everything here is a pure function of the sufficient
+statistics (`Moments`); nothing reads text, models or activations. Shapes: p tracked latents, d residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RIDGE = 1e-2
+"""Ridge relative to the diagonal of G (and to its mean): large enough for latents that always fire together, small against one."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of base latents and the change over one set of tokens, the change already centred on its static part.
+
+    Additive before centring; see `statistics.py`.
+    """
+
+    n: int
+    """Counted tokens."""
+    G: Tensor
+    """Σ z zᵀ [p, p], float64."""
+    B: Tensor
+    """Σ z (Δx − δ̄)ᵀ [p, d], float64."""
+    S: Tensor
+    """Σ (Δx − δ̄)(Δx − δ̄)ᵀ [d, d], float64."""
+
+    @property
+    def energy(self) -> float:
+        """Σ ‖Δx − δ̄‖², what coverage is a share of."""
+        return float(self.S.trace())
+
+
+def ridged(G: Tensor) -> Tensor:
+    """G + Λ, Λ = RIDGE · (diag G + mean diag G)."""
+    diagonal = G.diagonal()
+    return G + torch.diag(RIDGE * diagonal + RIDGE * diagonal.mean())
+
+
+def fit(moments: Moments) -> Tensor:
+    """All rows C [p, d] by ridge regression of Δx on z."""
+    return torch.linalg.solve(ridged(moments.G), moments.B)
+
+
+def refit(moments: Moments, rows: Sequence[int] | Tensor) -> Tensor:
+    """Rows [k, d] fitted jointly for the given latents alone (the others' rows are zero)."""
+    rows = torch.as_tensor(rows, dtype=torch.long)
+    G = moments.G[rows][:, rows] + RIDGE * moments.G.diagonal().mean() * torch.eye(len(rows), dtype=moments.G.dtype)
+    return torch.linalg.solve(G, moments.B[rows])
+
+
+def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> float:
+    """Share of Σ‖Δx − δ̄‖² explained by Σ_j∈rows z_j c_j on the tokens of `moments` (negative when worse than nothing)."""
+    rows = torch.as_tensor(rows, dtype=torch.long)
+    if not len(rows) or moments.energy == 0:
+        return 0.0
+    cross = (C * moments.B[rows]).sum()
+    square = ((moments.G[rows][:, rows] @ C) * C).sum()
+    return float((2 * cross - square) / moments.energy)
+
+
+def _inverse(A: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(A))
+
+
+def _whitening(covariance: Tensor) -> Tensor:
+    """Inverse of a covariance [d, d]; the floor keeps directions in which nothing varies from dividing by zero."""
+    floor = 1e-6 * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
+    return _inverse(covariance + floor * torch.eye(len(covariance), dtype=covariance.dtype))
+
+
+class RowTest:
+    """T_j = c_jᵀ Σ̂⁻¹ c_j / [(G+Λ)⁻¹]_jj, Σ̂ the residual covariance of the map. One inverse serves targets and decoys."""
+
+    def __init__(self, G: Tensor):
+        self.inverse = _inverse(ridged(G))
+
+    def __call__(self, moments: Moments) -> Tensor:
+        """Statistic of every row, [p], non-negative."""
+        C = self.inverse @ moments.B
+        residual = moments.S - C.T @ moments.B - moments.B.T @ C + C.T @ (moments.G @ C)
+        whitened = C @ _whitening(residual / max(moments.n - 1, 1))
+        return (whitened * C).sum(1) / self.inverse.diagonal()
+
+
+class GainTest:
+    """Joint regression of Δx on all z_j d_j at once, whitened by L = cov(Δx)⁻¹; one degree of freedom for each latent.
+
+    Normal matrix G ∘ (W L Wᵀ), right side Σ_t z_tj ⟨d_j, L Δx_t⟩. Without the whitening it finds nothing: most of Δx lies in a few
+    directions that all rows share.
+    """
+
+    def __init__(self, moments: Moments, W_dec: Tensor):
+        L = _whitening(moments.S / max(moments.n - 1, 1))
+        self.whitened = W_dec @ L
+        self.inverse = _inverse(ridged(moments.G * (self.whitened @ W_dec.T)))
+
+    def gains(self, moments: Moments) -> Tensor:
+        """g [p]: signed change along each latent's own direction; +0.25 means that it writes 25 % more."""
+        return self.inverse @ (moments.B * self.whitened).sum(1)
+
+    def __call__(self, moments: Moments) -> Tensor:
+        """|g_j| / se_j of every latent, [p]."""
+        return self.gains(moments).abs() / self.inverse.diagonal().sqrt()
+
+
+def q_values(target: np.ndarray, decoy: np.ndarray) -> np.ndarray:
+    """q-value of each target by target–decoy competition: min over τ ≤ T_j of (1 + #decoys ≥ τ) / #targets ≥ τ.
+
+    Keeping those with q ≤ level bounds the false discovery rate at level when decoys are exchangeable with null targets
+    (Barber & Candès 2015; Elias & Gygi 2007). `target` and `decoy` are [p].
+    """
+    order = np.argsort(-target, kind="stable")
+    decoys_above = len(decoy) - np.searchsorted(np.sort(decoy), target[order], side="left")
+    rate = (1 + decoys_above) / np.arange(1, len(target) + 1)
+    q = np.empty(len(target))
+    q[order] = np.minimum.accumulate(rate[::-1])[::-1]
+    return np.minimum(q, 1.0)
+
+
+def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
+    """Greedy group pursuit: the row that explains most of what is left, refit of all chosen rows, repeat. At most k of `candidates`."""
+    scale = moments.G.diagonal() + RIDGE * moments.G.diagonal().mean()
+    allowed = torch.zeros(len(moments.G), dtype=torch.bool)
+    allowed[torch.as_tensor(candidates, dtype=torch.long)] = True
+    chosen: list[int] = []
+    left = moments.B
+    for _ in range(min(k, int(allowed.sum()))):
+        gain = left.square().sum(1) / scale
+        gain[~allowed] = -1
+        best = int(gain.argmax())
+        if gain[best] <= 0:
+            break
+        chosen.append(best)
+        allowed[best] = False
+        left = moments.B - moments.G[:, chosen] @ refit(moments, chosen)
+    return chosen
+
+
+def coverage_curve(fitted: Moments, held: Moments, order: Sequence[int]) -> list[float]:
+    """Held-out share of Δx explained by the first 1, 2, … rows of `order`, rows fitted on `fitted` alone."""
+    return [explained(held, order[: k + 1], refit(fitted, order[: k + 1])) for k in range(len(order))]
+
+
+def decompose(row: Tensor, W_dec: Tensor, own: int | None, n_directions: int, stop: float = 0.02) -> list[tuple[int, float]]:
+    """A row as a few decoder directions, c ≈ Σ a_i d_i, by orthogonal matching pursuit; the latent's own direction is always first.
+
+    row [d], W_dec [m, d]. Stops when a direction lowers the squared residual by less than `stop` of ‖c‖². Returns (latent, a).
+    """
+    norms = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
+    chosen = [own] if own is not None else []
+    coefficients = row.new_zeros(0)
+    left, total = row, row.square().sum()
+    if total == 0:
+        return []
+    for _ in range(n_directions + len(chosen)):
+        if len(coefficients) != len(chosen):
+            D = W_dec[chosen]
+            coefficients = torch.linalg.lstsq(D.T, row[:, None]).solution[:, 0]
+            left = row - coefficients @ D
+        if len(chosen) >= n_directions + (own is not None):
+            break
+        fit_ = (W_dec @ left).abs() / norms
+        fit_[chosen] = -1
+        best = int(fit_.argmax())
+        if fit_[best].square() < stop * total:
+            break
+        chosen.append(best)
+    return [(latent, float(a)) for latent, a in zip(chosen, coefficients, strict=False)]

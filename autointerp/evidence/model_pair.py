@@ -1,0 +1,245 @@
+"""The two sides of a comparison behind one face: a PEFT model with its adapter on and off, or two loaded models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from autointerp.errors import InputError
+from autointerp.evidence.hookpoints import HookPoint, Layout
+from autointerp.evidence.loading import quiet_transformers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""LoRA initialisations that write into the base weights, so that switching the adapter off does not give the base."""
+
+
+class ModelPair(ABC):
+    """Base and adapted model, and where they differ. Not safe to use from two threads at once."""
+
+    layout: Layout
+    changed_modules: frozenset[str]
+    """Paths of the modules, in the Hugging Face model, whose weights differ or that carry an adapter with an effect."""
+
+    @abstractmethod
+    def base(self) -> AbstractContextManager[PreTrainedModel]:
+        """Yields the causal LM to run for the base side: in eval mode, valid until the block ends."""
+
+    @abstractmethod
+    def adapted(self) -> AbstractContextManager[PreTrainedModel]:
+        """Yields the causal LM to run for the adapted side: in eval mode, valid until the block ends."""
+
+    @property
+    @abstractmethod
+    def model(self) -> PreTrainedModel:
+        """The base side's modules and config; not for running."""
+
+    @property
+    def changed_places(self) -> list[tuple[int, str]]:
+        """(layer, child of the block) of every changed module, lowest first; see `Layout.place`."""
+        return sorted(self.layout.place(module) for module in self.changed_modules)
+
+    @property
+    def first_changed_layer(self) -> int | None:
+        """Lowest layer with a change: −1 before the blocks, n_layers after them; None when nothing is changed."""
+        return self.changed_places[0][0] if self.changed_modules else None
+
+    def check_sees(self, hook: HookPoint) -> None:
+        """InputError, naming hooks that would do, when no change reaches `hook`; silent when nothing is changed."""
+        places = self.changed_places
+        if not places or any(hook.sees(*place) for place in places):
+            return
+        first = places[0][0]
+        if first == self.layout.n_layers:
+            module = min(self.changed_modules)
+            raise InputError(f"hook {hook.name}: the adapter changes only {module}, above the blocks; no hook sees it")
+        points = self.layout.points_that_see(first, [child for layer, child in places if layer == first])
+        raise InputError(
+            f"hook {hook.name} does not see the adapter, which first changes layer {first}:"
+            f" use {' or '.join(points)}, or any later one"
+        )
+
+    @staticmethod
+    def from_peft(model: PeftModel) -> PeftPair:
+        """The pair inside a PEFT model in memory; it is left exactly as it was after every use.
+
+        InputError where switching the adapter off does not give the base model back.
+        """
+        if reason := alters_base(model):
+            raise InputError(
+                f"the adapter in memory {reason}: save it and give its folder to autointerp label --adapter"
+            )
+        return PeftPair(model)
+
+
+class PeftPair(ModelPair):
+    """One PEFT model; the base side is the same weights with the adapter layers switched off."""
+
+    def __init__(self, model: PeftModel):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        self._model: PreTrainedModel = model.get_base_model()  # pyright: ignore[reportAttributeAccessIssue]
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        named = {name: layer for name, layer in self._model.named_modules() if isinstance(layer, kinds)}
+        if not named:
+            kind = model.active_peft_config.peft_type
+            raise InputError(f"PEFT type {kind}: changes no module of the model that can be compared")
+        if merged := [name for name, layer in named.items() if getattr(layer, "merged", False)]:
+            raise InputError(f"the adapter is merged into {merged[0]}: call model.unmerge_adapter() first")
+        self._layers = list(named.values())
+        self.layout = Layout.of(self._model)
+        self.changed_modules = frozenset(name for name, layer in named.items() if has_effect(layer))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model
+
+    @contextmanager
+    def adapted(self) -> Iterator[PreTrainedModel]:
+        with _evaluating(self._model):
+            yield self._model
+
+    @contextmanager
+    def base(self) -> Iterator[PreTrainedModel]:
+        # PeftModel.disable_adapter would do, but asks the status of every layer each time: too slow for once a batch.
+        enabled = [layer for layer in self._layers if not layer.disable_adapters]
+        with _evaluating(self._model):
+            try:
+                for layer in enabled:
+                    layer.enable_adapters(False)
+                yield self._model
+            finally:
+                for layer in enabled:
+                    layer.enable_adapters(True)
+
+
+class TwoModels(ModelPair):
+    """Two models of one architecture; weights that are equal are kept once."""
+
+    def __init__(self, base: PreTrainedModel, adapted: PreTrainedModel, name: str = "the checkpoint"):
+        self._base, self._adapted = base, adapted
+        self.layout = Layout.of(base)
+        self.changed_modules = frozenset(_compared(base, adapted, name))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._base
+
+    @contextmanager
+    def base(self) -> Iterator[PreTrainedModel]:
+        with _evaluating(self._base):
+            yield self._base
+
+    @contextmanager
+    def adapted(self) -> Iterator[PreTrainedModel]:
+        with _evaluating(self._adapted):
+            yield self._adapted
+
+
+def alters_base(model: PeftModel) -> str | None:
+    """Why switching the adapter off does not give the base model, in words; None when it does."""
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if reason := config_alters_base(config):
+            return reason
+    return None
+
+
+def config_alters_base(config: object) -> str | None:
+    """Why an adapter with this PEFT config trains or rewrites the base's own weights; None when it does not."""
+    bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", None)
+    if bias != "none":
+        return f"was trained with bias={bias!r}, which changes the base model's own biases"
+    if isinstance(start, str) and start.startswith(_MUTATES_BASE):
+        return f"was trained with init_lora_weights={start!r}, which rewrites the base model's weights"
+    return None
+
+
+def has_effect(layer: Any) -> bool:
+    """Whether a PEFT layer's active adapters change its output at all. True in doubt."""
+    from peft.tuners.ia3 import IA3Layer
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    if not isinstance(layer, AuxiliaryTrainingWrapper) and layer.disable_adapters:
+        return False
+    names = list(layer.active_adapters)
+    if isinstance(layer, LoraLayer):
+        return any(_lora_has_effect(layer, name) for name in names)
+    if isinstance(layer, IA3Layer):
+        return any(bool((layer.ia3_l[name] != 1).any()) for name in names if name in layer.ia3_l)
+    if isinstance(layer, ModulesToSaveWrapper):
+        old = layer.original_module.state_dict()
+        copies = [layer.modules_to_save[name].state_dict() for name in names if name in layer.modules_to_save]
+        return any(not torch.equal(old[key], new[key].to(old[key])) for new in copies for key in old)
+    return True
+
+
+def _lora_has_effect(layer: Any, name: str) -> bool:
+    down = [*_entries(layer.lora_A, name), *_entries(layer.lora_embedding_A, name)]
+    up = [*_entries(layer.lora_B, name), *_entries(layer.lora_embedding_B, name)]
+    if not down:
+        return False
+    if getattr(layer, "lora_variant", {}).get(name) is not None or getattr(layer, "lora_bias", {}).get(name):
+        return True  # DoRA and other variants do more than add B A x
+    return layer.scaling[name] != 0 and any(w.any() for w in down) and any(w.any() for w in up)
+
+
+def _entries(adapters: nn.ModuleDict | nn.ParameterDict, name: str) -> list[Tensor]:
+    if name not in adapters:
+        return []
+    entry = adapters[name]
+    return [entry] if isinstance(entry, Tensor) else list(entry.parameters())
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; every module's mode and every parameter's requires_grad are put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    # PEFT sets requires_grad by its own rules when an adapter is switched on again.
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for module in training:
+        module.training = False
+    try:
+        with quiet_transformers():  # it warns of padding without a mask, which causal models do not need
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+def _compared(base: PreTrainedModel, adapted: PreTrainedModel, name: str) -> Iterable[str]:
+    """Paths of the modules whose weights differ; equal weights of `adapted` are replaced by those of `base`."""
+    theirs, ours = dict(adapted.named_parameters()), dict(base.named_parameters())
+    if alien := sorted(theirs.keys() ^ ours.keys()):
+        raise InputError(
+            f"{name}: {alien[0]} is in only one of checkpoint and base: give --base the model it came from"
+        )
+    vocabulary = {id(ends.weight) for ends in (base.get_input_embeddings(), base.get_output_embeddings()) if ends is not None}
+    for key, weight in ours.items():
+        other = theirs[key]
+        if weight.shape == other.shape and torch.equal(weight, other):
+            other.data = weight.data
+            continue
+        if weight.shape != other.shape:
+            if id(weight) not in vocabulary or weight.shape[1:] != other.shape[1:]:
+                raise InputError(
+                    f"{name}: {key} has shape {list(other.shape)}, in the base {list(weight.shape)}: give --base the"
+                    " model it came from"
+                )
+            rows = min(len(weight), len(other))  # tokens were added; the base's own may be as they were
+            if torch.equal(weight[:rows], other[:rows]):
+                continue
+        yield key.rpartition(".")[0]

@@ -1,0 +1,209 @@
+"""PairedModel: base and adapted activations at one hook, on the same tokens.
+
+Three savings, none of which changes a bit of the result: nothing above the hook is run; the blocks below the first
+changed one are run once for both sides; no KV cache is built. Batches are right-padded and need no attention mask: in a
+causal model the padding only follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from autointerp.errors import InputError
+from autointerp.evidence import adapters
+from autointerp.evidence.hookpoints import HookPoint, resolve
+from autointerp.evidence.loading import load_config, load_tokenizer
+from autointerp.evidence.model_pair import ModelPair
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the hook."""
+
+
+class PairedModel:
+    """A base model and its adapted self, read at one hook point. Not safe to use from two threads at once."""
+
+    def __init__(self, pair: ModelPair, hook: str | HookPoint, tokenizer: Tokenizer):
+        """InputError for a hook that the model does not have, or a tokenizer with more tokens than it embeds."""
+        self.pair = pair
+        self.hook = hook if isinstance(hook, HookPoint) else resolve(hook, pair.model)
+        self.tokenizer = tokenizer
+        self._config = pair.model.config.get_text_config()
+        self.n_layers = pair.layout.n_layers
+        self.d_model: int = self._config.hidden_size
+        self.vocab_size: int = pair.model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+        self.max_positions: int | None = getattr(self._config, "max_position_embeddings", None)
+        """Longest sequence that the model was made for; None where its config does not say."""
+        if len(tokenizer) > self.vocab_size:
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} tokens, the base model embeds {self.vocab_size}: it is another"
+                " model's; save the base's own beside it"
+            )
+
+    @classmethod
+    def load(
+        cls, adapter: str | Path, base: str | Path, hook: str, *, dtype: str = "float32", device: str = "auto"
+    ) -> PairedModel:
+        """The pair of an adapter and its base, by path or hub id. The hook is checked before any weights are read."""
+        found = adapters.detect(adapter)
+        resolve(hook, load_config(base))
+        tokenizer = load_tokenizer(base, adapters.local_folder(adapter))
+        return cls(found.load(adapter, str(base), dtype=dtype, device=device), hook, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype, which activations come in."""
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.pair.model.parameters())
+
+    def check_sees_adapter(self) -> None:
+        """InputError, naming hooks that would do, when no change of the adapter reaches the hook.
+
+        Silent for an adapter that changes nothing anywhere (`pair.first_changed_layer is None`), which is no mistake.
+        """
+        self.pair.check_sees(self.hook)
+
+    @torch.inference_mode()
+    def activations(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_base, x_adapted) at the hook, each [b, t, d] in the model's dtype, of token ids [b, t], right-padded.
+
+        Both are one tensor where no change reaches the hook; do not write into them. InputError for sequences longer
+        than the model's positions.
+        """
+        ids = self._checked(ids)
+        n_shared = self._n_shared
+        with self.pair.base() as model:
+            x_base, shared = self._read(model, ids, n_shared)
+        if not any(self.hook.sees(*place) for place in self.pair.changed_places):
+            return x_base, x_base
+        with self.pair.adapted() as model, self._passed_over(model, n_shared, shared):
+            x_adapted, _ = self._read(model, ids)
+        return x_base, x_adapted
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Next-token logits (base, adapted), each [b, t, vocabulary], of token ids [b, t], right-padded.
+
+        A vocabulary is large: give a few sequences at a time.
+        """
+        ids, n_shared = self._checked(ids), self._n_shared
+        with self.pair.base() as model, self._kept(model, n_shared) as kept:
+            base = model(ids, use_cache=False).logits
+        with self.pair.adapted() as model, self._passed_over(model, n_shared, kept.get("block")):
+            adapted = model(ids, use_cache=False).logits
+        return base, adapted[..., : base.shape[-1]]
+
+    @torch.inference_mode()
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits [n, vocabulary] that the base model makes of residual-stream activations x [n, d].
+
+        They go through the model's own forward pass with its blocks passed over, so that the final norm, soft-capping
+        and whatever else the architecture does after the blocks are applied. InputError for a hook off the stream.
+        """
+        if not self.hook.on_stream:
+            raise InputError(
+                f"hook {self.hook.name} is not on the residual stream, the unembedding does not apply to it;"
+                f" use a hook_resid_pre, hook_resid_mid or hook_resid_post"
+            )
+        x = x.to(self.device, self.dtype)[:, None]
+        ids = torch.zeros(len(x), 1, dtype=torch.long, device=self.device)
+        with self.pair.base() as model, self._passed_over(model, self.n_layers, x):
+            return model(ids, use_cache=False).logits[:, 0]
+
+    @property
+    def _n_shared(self) -> int:
+        """Number of blocks that are the same on both sides and have nothing changed before them."""
+        first = self.pair.first_changed_layer
+        return self.n_layers if first is None else max(first, 0)
+
+    def _read(self, model: PreTrainedModel, ids: Tensor, n_kept: int = 0) -> tuple[Tensor, Any]:
+        """Activations [b, t, d] at the hook, and the output of block n_kept − 1 if the pass got there."""
+        with self._kept(model, n_kept) as kept, self._watched(model) as seen:
+            try:
+                model(ids, use_cache=False)
+            except _Reached:
+                return seen[0], kept.get("block")
+        raise InputError(
+            f"hook {self.hook.name}: the model never calls this module; name another, e.g. {self._block_path(0)}"
+        )
+
+    @contextmanager
+    def _watched(self, model: PreTrainedModel) -> Iterator[list[Tensor]]:
+        """Records what is at the hook and stops there."""
+        seen: list[Tensor] = []
+
+        def stop_with(value: Any) -> None:
+            seen.append(value[0] if isinstance(value, tuple | list) else value)
+            raise _Reached
+
+        def at_input(_module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+            stop_with(args[0] if args else kwargs["hidden_states"])
+
+        def at_output(_module: nn.Module, _args: Sequence[Any], output: Any) -> None:
+            stop_with(output)
+
+        module = model.get_submodule(self.hook.module_path)
+        if self.hook.where == "input":
+            handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(at_output)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _kept(self, model: PreTrainedModel, n_blocks: int) -> Iterator[dict[str, Any]]:
+        """Keeps the output of block n_blocks − 1, as the block returns it, under "block"."""
+        kept: dict[str, Any] = {}
+        if n_blocks == 0:
+            yield kept
+            return
+        last = model.get_submodule(self._block_path(n_blocks - 1))
+        handle = last.register_forward_hook(lambda _module, _args, output: kept.update(block=output))
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _passed_over(self, model: PreTrainedModel, n_blocks: int, output: Any) -> Iterator[None]:
+        """The first n_blocks blocks compute nothing: each returns `output`."""
+        blocks = [model.get_submodule(self._block_path(layer)) for layer in range(n_blocks)]
+        own = [vars(block).get("forward") for block in blocks]  # set by accelerate, for one
+        try:
+            for block in blocks:
+                block.forward = lambda *_args, **_kwargs: output
+            yield
+        finally:
+            for block, forward in zip(blocks, own, strict=True):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+    def _block_path(self, layer: int) -> str:
+        return f"{self.pair.layout.blocks}.{layer}"
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        if self.max_positions is not None and ids.shape[1] > self.max_positions:
+            raise InputError(
+                f"sequences of {ids.shape[1]} tokens: the model has {self.max_positions} positions; give a smaller"
+                " --context-length"
+            )
+        return ids.to(self.device)

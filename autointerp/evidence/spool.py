@@ -1,0 +1,120 @@
+"""The residual stream of one pass over the corpus, on disk for as long as the run needs it.
+
+Which latents matter is known only after the whole corpus was read, and their contexts lie anywhere in it. Running both models again
+would double the work; keeping the codes of the whole dictionary would fill memory. So the pass leaves x_base and x_adapted of each document token
+here (2·d numbers a token, in the model's dtype) in an unnamed temporary file, read back for the selected latents alone.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autointerp.errors import AutointerpError
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some sequences of the spool, in spool order. n tokens in all, S sequences."""
+
+    x_base: Tensor
+    """[n, d] in the model's dtype."""
+    x_adapted: Tensor
+    """[n, d]."""
+    ids: np.ndarray
+    """Token ids [n]."""
+    counted: np.ndarray
+    """Whether each token is counted [n]: neither special nor a norm outlier."""
+    sequences: np.ndarray
+    """Indices of the sequences in the spool [S]."""
+    bounds: np.ndarray
+    """First token of each sequence within this stretch, and the end [S + 1]."""
+
+
+class Spool:
+    """Written once, then read any number of times; the files vanish when it is closed or the process dies."""
+
+    def __init__(self, d: int, dtype: torch.dtype, folder: Path | None = None):
+        """d residual width; `folder` is where the temporary files go (the system's temporary folder when None)."""
+        self.d, self.dtype = d, dtype
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._streams = tempfile.TemporaryFile(dir=folder)
+        self._token_bytes = 2 * d * dtype.itemsize
+        self._offsets = [0]
+        self._ids: list[np.ndarray] = []
+        self._counted: list[np.ndarray] = []
+        self._places: list[tuple[int, int, int]] = []
+
+    def append(
+        self, x_base: Tensor, x_adapted: Tensor, ids: np.ndarray, counted: np.ndarray, doc: int, order: int, start: int
+    ) -> None:
+        """One sequence of t document tokens: x [t, d], ids [t], counted [t]; see corpus.TokenSequence for the rest."""
+        block = torch.stack([x_base, x_adapted]).to("cpu", self.dtype).contiguous()
+        try:
+            self._streams.write(block.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise AutointerpError(
+                f"no room for the residual stream in {tempfile.gettempdir()} ({error.strerror}): free some, or name"
+                f" another folder with --scratch, or read less with --max-tokens"
+            ) from error
+        self._offsets.append(self._offsets[-1] + len(ids))
+        self._ids.append(ids.astype(np.int32))
+        self._counted.append(counted)
+        self._places.append((doc, order, start))
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self._places)
+
+    def place(self, sequence: int) -> tuple[int, int, int]:
+        """(doc, order, start) of a sequence."""
+        return self._places[sequence]
+
+    @property
+    def orders(self) -> np.ndarray:
+        """Index of each sequence's document in the shuffled corpus [len]."""
+        return np.array([order for _, order, _ in self._places], dtype=np.int64)
+
+    def ids(self, sequence: int) -> np.ndarray:
+        """Document token ids of a sequence [t]."""
+        return self._ids[sequence]
+
+    def read(self, sequences: np.ndarray) -> Stretch:
+        """The given sequences (sorted indices)."""
+        lengths = [self._offsets[s + 1] - self._offsets[s] for s in sequences]
+        bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        x_base = torch.empty(int(bounds[-1]), self.d, dtype=self.dtype)
+        x_adapted = torch.empty_like(x_base)
+        for at, s in enumerate(sequences):
+            self._streams.seek(self._offsets[s] * self._token_bytes)
+            raw = bytearray(self._streams.read(lengths[at] * self._token_bytes))
+            block = torch.frombuffer(raw, dtype=self.dtype).view(2, lengths[at], self.d)
+            x_base[bounds[at] : bounds[at + 1]] = block[0]
+            x_adapted[bounds[at] : bounds[at + 1]] = block[1]
+        ids = np.concatenate([self._ids[s] for s in sequences]) if len(sequences) else np.zeros(0, np.int32)
+        counted = np.concatenate([self._counted[s] for s in sequences]) if len(sequences) else np.zeros(0, bool)
+        return Stretch(x_base, x_adapted, ids, counted, np.asarray(sequences), bounds)
+
+    def stretches(self, tokens: int = 8192) -> Iterator[Stretch]:
+        """The whole spool in order, about `tokens` tokens at a time."""
+        first = 0
+        for s in range(len(self)):
+            if self._offsets[s + 1] - self._offsets[first] >= tokens or s == len(self) - 1:
+                yield self.read(np.arange(first, s + 1))
+                first = s + 1
+
+    def close(self) -> None:
+        self._streams.close()
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,259 @@
+"""The sufficient statistics of a change, streamed and additive.
+
+`ChangeStatistics` is a monoid: statistics of two sets of documents add up to the statistics of their union, whatever the split, so
+batches, processes and hosts merge by `+`. What is kept is O(m) numbers for every latent of the dictionary and O(p²) for the p latents
+that the change map tracks; nothing grows with the number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix, vstack
+
+from autointerp.evidence.change_map import Moments
+from autointerp.evidence.corpus import fit_rows
+
+N_DECOYS = 4
+"""Sign-flipped copies of the change: their number sets the finest false discovery rate that few discoveries can reach."""
+PENDING_ROWS = 16384
+"""Tokens whose codes are gathered before one sparse Gram product: adding it into the dense G costs as much for few as for many."""
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class PairedCodes:
+    """Counted tokens of one batch on both sides. n tokens, d residual width, m latents."""
+
+    base: csr_matrix
+    """z of the base model [n, m], float32."""
+    adapted: csr_matrix
+    """z of the adapted model [n, m]."""
+    x_base: np.ndarray
+    """[n, d] float32."""
+    x_adapted: np.ndarray
+    """[n, d] float32."""
+    order: np.ndarray
+    """Index of each token's document in the shuffled corpus, [n]."""
+    position: np.ndarray
+    """Index of each token among its document's tokens, [n]."""
+
+
+def decoy_signs(order: np.ndarray, position: np.ndarray, seed: int, span: int = 1024) -> np.ndarray:
+    """Random signs [n, N_DECOYS], one for each stretch of `span` tokens of each document: a function of the document alone.
+
+    Multiplying Δx by them keeps its spectrum, its autocorrelation and its dependence within a document, and breaks every link to
+    the latents that holds across documents (the wild cluster bootstrap: Cameron, Gelbach & Miller 2008).
+    """
+    key = (order.astype(np.uint64) << np.uint64(24)) ^ (position // span).astype(np.uint64)
+    key = key + np.uint64((0x9E3779B97F4A7C15 * (2 * seed + 1)) & _MASK)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        key = (key ^ (key >> np.uint64(shift))) * np.uint64(factor)
+    key ^= key >> np.uint64(31)
+    bits = (key[:, None] >> np.arange(N_DECOYS, dtype=np.uint64)) & np.uint64(1)
+    return (1.0 - 2.0 * bits).astype(np.float32)
+
+
+class LatentMoments:
+    """Per-latent sums, firing counts and maxima of one side, for all m latents."""
+
+    def __init__(self, m: int):
+        self.total = np.zeros(m)
+        self.fired = np.zeros(m, dtype=np.int64)
+        self.largest = np.zeros(m, dtype=np.float32)
+
+    def add(self, z: csr_matrix) -> None:
+        """z [n, m]."""
+        m = len(self.total)
+        active = z.data > 0
+        self.total += np.bincount(z.indices, weights=z.data, minlength=m)
+        self.fired += np.bincount(z.indices[active] if not active.all() else z.indices, minlength=m)
+        np.maximum.at(self.largest, z.indices, z.data)
+
+    def __add__(self, other: LatentMoments) -> LatentMoments:
+        result = LatentMoments(len(self.total))
+        result.total = self.total + other.total
+        result.fired = self.fired + other.fired
+        result.largest = np.maximum(self.largest, other.largest)
+        return result
+
+
+@dataclass
+class StreamMoments:
+    """How well the dictionary reconstructs each side and the change, over all counted tokens. Sums; d residual width."""
+
+    sum_base: np.ndarray
+    sum_adapted: np.ndarray
+    sum_change: np.ndarray
+    square_base: float = 0.0
+    square_adapted: float = 0.0
+    square_change: float = 0.0
+    error_base: float = 0.0
+    error_adapted: float = 0.0
+    error_change: float = 0.0
+    """Σ‖Δx − Δz W_dec‖²: what the difference of two encodings misses."""
+
+    @classmethod
+    def zero(cls, d: int) -> StreamMoments:
+        return cls(np.zeros(d), np.zeros(d), np.zeros(d))
+
+    def __add__(self, other: StreamMoments) -> StreamMoments:
+        return StreamMoments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def add(self, codes: PairedCodes, W_dec: np.ndarray, b_dec: np.ndarray) -> np.ndarray:
+        """Adds one batch and returns Δx [n, d]."""
+        change = codes.x_adapted - codes.x_base
+        error_base = codes.x_base - b_dec - codes.base @ W_dec
+        error_adapted = codes.x_adapted - b_dec - codes.adapted @ W_dec
+        self.sum_base += codes.x_base.sum(0, dtype=np.float64)
+        self.sum_adapted += codes.x_adapted.sum(0, dtype=np.float64)
+        self.sum_change += change.sum(0, dtype=np.float64)
+        self.square_base += _square(codes.x_base)
+        self.square_adapted += _square(codes.x_adapted)
+        self.square_change += _square(change)
+        self.error_base += _square(error_base)
+        self.error_adapted += _square(error_adapted)
+        self.error_change += _square(error_adapted - error_base)
+        return change
+
+    def fvu(self, n: int) -> tuple[float, float]:
+        """Fraction of variance unexplained on base and adapted; variance around the mean of the n tokens."""
+        base = self.square_base - float(self.sum_base @ self.sum_base) / max(n, 1)
+        adapted = self.square_adapted - float(self.sum_adapted @ self.sum_adapted) / max(n, 1)
+        return self.error_base / max(base, 1e-30), self.error_adapted / max(adapted, 1e-30)
+
+    def static_share(self, n: int) -> float:
+        """‖δ̄‖² / E‖Δx‖²; 0 when nothing changed."""
+        if self.square_change == 0:
+            return 0.0
+        return float(self.sum_change @ self.sum_change) / max(n, 1) / self.square_change
+
+
+def _square(x: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->", x, x, dtype=np.float64))
+
+
+class MapMoments:
+    """Σ z, G, B, ΣΔx, ΣΔxΔxᵀ of the tracked latents over the tokens of one split, uncentred."""
+
+    def __init__(self, p: int, d: int, n_decoys: int):
+        self.n = 0
+        self.z = np.zeros(p)
+        self.G = np.zeros((p, p))
+        self.B = np.zeros((p, d))
+        self.change = np.zeros(d)
+        self.S = np.zeros((d, d))
+        self.decoy_z = np.zeros((n_decoys, p))
+        self.decoy_B = np.zeros((n_decoys, p, d))
+        self._pending: list[csr_matrix] = []
+
+    def add(self, z: csr_matrix, change: np.ndarray, signs: np.ndarray | None) -> None:
+        """z [n, p], change [n, d], signs [n, n_decoys] or None where no decoys are kept."""
+        transposed = z.T.tocsr()
+        self.n += len(change)
+        self.z += np.asarray(z.sum(0)).ravel()
+        self.change += change.sum(0, dtype=np.float64)
+        self.S += change.T @ change
+        d = change.shape[1]
+        if signs is None:
+            self.B += transposed @ change
+        else:
+            products = transposed @ np.concatenate([change, *(change * s[:, None] for s in signs.T)], axis=1)
+            self.B += products[:, :d]
+            for r in range(len(self.decoy_B)):
+                self.decoy_B[r] += products[:, (r + 1) * d : (r + 2) * d]
+            self.decoy_z += (transposed @ signs).T
+        self._pending.append(z)
+        if sum(block.shape[0] for block in self._pending) >= PENDING_ROWS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Adds the pending codes into G."""
+        if self._pending:
+            z = vstack(self._pending, format="csr")
+            gram = (z.T.tocsr() @ z).tocoo()
+            self.G[gram.row, gram.col] += gram.data
+            self._pending = []
+
+    def __add__(self, other: MapMoments) -> MapMoments:
+        self.settle()
+        other.settle()
+        result = MapMoments(0, 0, 0)
+        for name in ("n", "z", "G", "B", "change", "S", "decoy_z", "decoy_B"):
+            setattr(result, name, getattr(self, name) + getattr(other, name))
+        return result
+
+    def moments(self, static: np.ndarray) -> Moments:
+        """Centred on the static part [d]."""
+        self.settle()
+        S = self.S - np.outer(self.change, static) - np.outer(static, self.change) + self.n * np.outer(static, static)
+        return Moments(self.n, _tensor(self.G), _tensor(self.B - np.outer(self.z, static)), _tensor(S))
+
+    def decoys(self, static: np.ndarray) -> list[Moments]:
+        """The same with the change's sign flipped at random: what no link between latents and change looks like."""
+        target = self.moments(static)
+        return [
+            Moments(self.n, target.G, _tensor(B - np.outer(z, static)), target.S)
+            for B, z in zip(self.decoy_B, self.decoy_z, strict=True)
+        ]
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
+
+
+class ChangeStatistics:
+    """Everything that selection needs to know of the corpus. `a + b` is the statistics of both sets of documents.
+
+    m latents in all, of which the p in `tracked` enter the change map (all of them where m² fits; see screening.py).
+    """
+
+    def __init__(self, m: int, d: int, tracked: np.ndarray, seed: int):
+        self.m, self.d, self.seed = m, d, seed
+        self.tracked = np.asarray(tracked, dtype=np.int64)
+        self.n_tokens = 0
+        self.base = LatentMoments(m)
+        self.adapted = LatentMoments(m)
+        self.stream = StreamMoments.zero(d)
+        self.fit = MapMoments(len(self.tracked), d, N_DECOYS)
+        self.held = MapMoments(len(self.tracked), d, 0)
+
+    def add(self, codes: PairedCodes, W_dec: np.ndarray, b_dec: np.ndarray) -> None:
+        """Adds the counted tokens of a batch; W_dec [m, d], b_dec [d]."""
+        if not len(codes.order):
+            return
+        self.n_tokens += len(codes.order)
+        self.base.add(codes.base)
+        self.adapted.add(codes.adapted)
+        change = self.stream.add(codes, W_dec, b_dec)
+        if not len(self.tracked):
+            return
+        tracked = codes.base if len(self.tracked) == self.m else codes.base[:, self.tracked]
+        fit = fit_rows(codes.order)
+        if fit.any():
+            self.fit.add(tracked[fit], change[fit], decoy_signs(codes.order[fit], codes.position[fit], self.seed))
+        if not fit.all():
+            self.held.add(tracked[~fit], change[~fit], None)
+
+    def __add__(self, other: ChangeStatistics) -> ChangeStatistics:
+        if (self.m, self.d, self.seed) != (other.m, other.d, other.seed) or not np.array_equal(self.tracked, other.tracked):
+            raise ValueError("statistics of different dictionaries, seeds or tracked latents do not add up")
+        result = ChangeStatistics(self.m, self.d, self.tracked[:0], self.seed)
+        result.tracked = self.tracked
+        for name in ("n_tokens", "base", "adapted", "stream", "fit", "held"):
+            setattr(result, name, getattr(self, name) + getattr(other, name))
+        return result
+
+    def tracking(self, tracked: np.ndarray) -> ChangeStatistics:
+        """The same, with an empty map of other latents: the map starts here, the rest goes on."""
+        result = ChangeStatistics(self.m, self.d, tracked, self.seed)
+        for name in ("n_tokens", "base", "adapted", "stream"):
+            setattr(result, name, getattr(self, name))
+        return result
+
+    @property
+    def static(self) -> np.ndarray:
+        """δ̄ [d], the mean change over all counted tokens."""
+        return self.stream.sum_change / max(self.n_tokens, 1)

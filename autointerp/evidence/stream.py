@@ -1,0 +1,164 @@
+"""The one pass over the corpus: tokens → activations of both sides → statistics, and the spool for what comes after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from autointerp.evidence.corpus import Batch, Corpus
+from autointerp.evidence.dictionaries.base import Dictionary
+from autointerp.evidence.paired import PairedModel
+from autointerp.evidence.screening import Screen
+from autointerp.evidence.spool import Spool
+from autointerp.evidence.statistics import ChangeStatistics, PairedCodes
+
+OUTLIER = 10.0
+"""Tokens whose ‖x_base‖ exceeds this many medians are attention sinks, not text: left out on both sides."""
+CALIBRATION_TOKENS = 8192
+"""Counted tokens at the head of the shuffled corpus that set the median."""
+ENCODE_ROWS = 1024
+"""Tokens encoded at a time: [rows, m] must stay in cache."""
+
+Progress = Callable[[int], None]
+"""Called with the number of document tokens of each batch that is done."""
+
+
+@dataclass(frozen=True)
+class PairedBatch:
+    """A batch with its activations; b sequences of t positions."""
+
+    batch: Batch
+    x_base: torch.Tensor
+    """[b, t, d]."""
+    x_adapted: torch.Tensor
+    """[b, t, d]."""
+
+    def norms(self) -> torch.Tensor:
+        """‖x_base‖ [b, t], float32."""
+        return self.x_base.float().norm(dim=-1).cpu()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over the corpus leaves."""
+
+    statistics: ChangeStatistics
+    spool: Spool
+    n_docs: int
+    norm_limit: float
+    """Tokens above it were left out."""
+    left_out: float
+    """Share of the change that screening ascribes to latents outside the map; 0 where all were tracked."""
+
+
+def to_codes(dictionary: Dictionary, x: torch.Tensor) -> csr_matrix:
+    """z [n, m] of x [n, d] as a sparse matrix, encoded ENCODE_ROWS tokens at a time."""
+    lengths, columns, values = [np.zeros(1, np.int64)], [], []
+    for rows in x.split(ENCODE_ROWS):
+        token, latent, value = dictionary.encode_active(rows)
+        lengths.append(np.bincount(token.cpu().numpy(), minlength=len(rows)))
+        columns.append(latent.cpu().numpy())
+        values.append(value.float().cpu().numpy())
+    indptr = np.cumsum(np.concatenate(lengths))
+    indices = np.concatenate(columns) if columns else np.zeros(0, np.int64)
+    data = np.concatenate(values) if values else np.zeros(0, np.float32)
+    return csr_matrix((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(len(x), dictionary.d_sae))
+
+
+def paired_batches(model: PairedModel, corpus: Corpus, tokens_per_batch: int) -> Iterator[PairedBatch]:
+    """Every batch of the corpus with its activations on both sides."""
+    for batch in corpus.batches(tokens_per_batch):
+        x_base, x_adapted = model.activations(batch.ids)
+        yield PairedBatch(batch, x_base, x_adapted)
+
+
+def median_norm(batches: list[PairedBatch]) -> float:
+    """Median ‖x_base‖ over the counted tokens."""
+    return float(torch.cat([paired.norms()[paired.batch.counted] for paired in batches]).median())
+
+
+def measure(
+    model: PairedModel,
+    dictionary: Dictionary,
+    corpus: Corpus,
+    screen: Screen,
+    spool: Spool,
+    *,
+    tokens_per_batch: int = 4096,
+    progress: Progress = lambda _n: None,
+) -> Measured:
+    """Reads the corpus once. `screen` says which latents enter the change map; the spool is filled, not closed."""
+    stream = paired_batches(model, corpus, tokens_per_batch)
+    head: list[PairedBatch] = []
+    for paired in stream:
+        head.append(paired)
+        if sum(int(p.batch.counted.sum()) for p in head) >= CALIBRATION_TOKENS:
+            break
+    limit = OUTLIER * median_norm(head)
+    pass_ = _Pass(dictionary, screen, spool, corpus.seed, limit)
+    while head:
+        pass_.add(head.pop(0), progress)
+    for paired in stream:
+        pass_.add(paired, progress)
+    return pass_.result()
+
+
+class _Pass:
+    """The state of one pass: the screen until it has chosen, the statistics from then on."""
+
+    def __init__(self, dictionary: Dictionary, screen: Screen, spool: Spool, seed: int, norm_limit: float):
+        self.dictionary, self.screen, self.spool = dictionary, screen, spool
+        self.norm_limit = norm_limit
+        self.W_dec = dictionary.W_dec.float().cpu().numpy()
+        self.b_dec = dictionary.b_dec.float().cpu().numpy()
+        self.docs: set[int] = set()
+        m, d = self.W_dec.shape
+        tracked = screen.tracked if screen.done else np.zeros(0, np.int64)
+        self.statistics = ChangeStatistics(m, d, tracked, seed)
+
+    def add(self, paired: PairedBatch, progress: Progress) -> None:
+        batch = paired.batch
+        counted = batch.counted & (paired.norms() <= self.norm_limit)
+        self._spool(paired, counted)
+        rows = counted.flatten().to(paired.x_base.device)
+        x_base = paired.x_base.flatten(0, 1)[rows].float()
+        x_adapted = paired.x_adapted.flatten(0, 1)[rows].float()
+        codes = PairedCodes(
+            base=to_codes(self.dictionary, x_base),
+            adapted=to_codes(self.dictionary, x_adapted),
+            x_base=x_base.cpu().numpy(),
+            x_adapted=x_adapted.cpu().numpy(),
+            order=np.repeat(batch.orders, counted.sum(1).numpy()),
+            position=batch.positions[counted].numpy(),
+        )
+        self.statistics.add(codes, self.W_dec, self.b_dec)
+        if not self.screen.done:
+            self.screen.add(codes.base, codes.x_adapted - codes.x_base)
+            if self.screen.done:
+                self.statistics = self.statistics.tracking(self.screen.tracked)
+        self.docs.update(batch.docs.tolist())
+        progress(int((batch.lengths - batch.n_bos).sum()))
+
+    def _spool(self, paired: PairedBatch, counted: torch.Tensor) -> None:
+        batch = paired.batch
+        x_base, x_adapted = paired.x_base.cpu(), paired.x_adapted.cpu()
+        for s, length in enumerate(batch.lengths.tolist()):
+            kept = slice(batch.n_bos, length)
+            self.spool.append(
+                x_base[s, kept],
+                x_adapted[s, kept],
+                batch.ids[s, kept].numpy(),
+                counted[s, kept].numpy(),
+                int(batch.docs[s]),
+                int(batch.orders[s]),
+                int(batch.starts[s]),
+            )
+
+    def result(self) -> Measured:
+        if not self.screen.done:
+            self.statistics = self.statistics.tracking(self.screen.finish())
+        return Measured(self.statistics, self.spool, len(self.docs), self.norm_limit, self.screen.left_out)

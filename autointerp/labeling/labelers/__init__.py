@@ -1,0 +1,1 @@
+"""One file per labeler; they register themselves with `autointerp.labeling.base.LABELERS`."""

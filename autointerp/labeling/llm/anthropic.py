@@ -1,0 +1,103 @@
+"""Messages of Anthropic and of the servers that speak its protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Any
+
+from autointerp.labeling.llm.prices import Price
+from autointerp.labeling.llm.provider import Answer, Request, count, decode, from_sdk, garbage
+
+_HOME = "https://api.anthropic.com"
+_FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "refusal"}
+
+
+class AnthropicProvider:
+    """One model behind one messages endpoint."""
+
+    name = "anthropic"
+
+    def __init__(self, model: str, key: str, price: Price | None, timeout_s: float):
+        self.model = model
+        self.endpoint = (os.environ.get("ANTHROPIC_BASE_URL") or _HOME).rstrip("/")
+        self.price = price
+        self.timeout_s = timeout_s
+        self._key = key
+        self._client: Any = None
+        self._effort = True
+        self._structured = True
+
+    async def complete(self, request: Request) -> Answer:
+        import anthropic
+
+        optional = ("effort",) * self._effort + ("output_config",) * self._structured
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                raw = await self._ready().messages.with_raw_response.create(**self._body(request))
+                body = await raw.text()
+        except Exception as error:
+            # `from None`: the SDK's exception holds the request, and the request the key.
+            raise from_sdk(anthropic, error, optional, self._key) from None
+        return _answer(body, raw.status_code, self.model)
+
+    def adapt(self, parameter: str) -> None:
+        if parameter == "effort":
+            self._effort = False
+        else:
+            self._structured = self._effort = False
+
+    async def aclose(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def _ready(self) -> Any:
+        if self._client is None:
+            import anthropic
+
+            token = not os.environ.get("ANTHROPIC_API_KEY", "").strip()  # then the key is ANTHROPIC_AUTH_TOKEN's
+            self._client = anthropic.AsyncAnthropic(
+                api_key=None if token else self._key,
+                auth_token=self._key if token else None,
+                base_url=self.endpoint,
+                max_retries=0,
+                timeout=self.timeout_s,
+            )
+        return self._client
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "system": request.system,
+            "messages": request.messages(),
+            "max_tokens": request.max_output_tokens,
+        }
+        output: dict[str, Any] = {}
+        if self._effort:
+            output["effort"] = "low"  # chain of thought does not make better labels, and is billed as output
+        if self._structured:
+            output["format"] = {"type": "json_schema", "schema": dict(request.schema)}
+        return body | ({"output_config": output} if output else {})
+
+
+def _answer(body: str, http_status: int, model: str) -> Answer:
+    message = decode(body, http_status)
+    content = message.get("content")
+    if not isinstance(content, list):
+        raise garbage("no content", http_status)
+    texts = [str(block.get("text", "")) for block in content if isinstance(block, dict) and block.get("type") == "text"]
+    usage = message.get("usage")
+    cached = count(usage, "cache_read_input_tokens") or 0
+    written = count(usage, "cache_creation_input_tokens") or 0
+    plain = count(usage, "input_tokens")
+    return Answer(
+        text="".join(texts),
+        input_tokens=None if plain is None else plain + cached + written,  # Anthropic counts the three apart
+        cached_tokens=cached,
+        cache_write_tokens=written,
+        output_tokens=count(usage, "output_tokens"),
+        finish=_FINISH.get(str(message.get("stop_reason")), "stop"),  # type: ignore[arg-type]
+        model=str(message.get("model") or model),
+        http_status=http_status,
+    )

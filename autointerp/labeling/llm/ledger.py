@@ -1,0 +1,173 @@
+"""The ledger: every attempt is reserved before it is sent and settled from its usage. The truth about money."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from autointerp.errors import BudgetError
+from autointerp.labeling.base import CallStore
+from autointerp.labeling.llm.faults import Fault, Terminal
+from autointerp.labeling.llm.provider import Answer, Provider, Request
+from autointerp.records import CallStatus
+
+_PROCESS_STARTED = datetime.now(UTC).replace(tzinfo=None)
+_ROUNDING_USD = 1e-12
+
+_TOTALS = """
+SELECT count(*) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) AS cached_tokens,
+       sum(output_tokens) AS output_tokens, sum(usd) AS usd,
+       sum(usd_estimated) FILTER (usd IS NULL) AS usd_in_doubt
+FROM calls WHERE run_id = ?
+"""
+
+
+@dataclass
+class Spend:
+    """What this run has used so far, all its invocations together."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    usd: float = 0.0
+    """Settled."""
+    usd_in_doubt: float = 0.0
+    """Estimates of attempts whose answer was lost or came without usage: the provider may have charged them."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One attempt, reserved."""
+
+    usd: float | None
+    """What it may cost at most; None when the model has no price."""
+    call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: float = field(default_factory=time.monotonic)
+
+
+class Ledger:
+    """The rows of `calls`, and the budget above them.
+
+    The sum of what is settled, in doubt and reserved never exceeds the cap: an attempt that could exceed it waits for
+    those in flight to settle for less, and is refused when there is none.
+    """
+
+    def __init__(self, store: CallStore, provider: Provider, run_id: str, max_usd: float | None):
+        self.spend = Spend()
+        self.max_usd = max_usd
+        self._store = store
+        self._provider = provider
+        self._run_id = run_id
+        self._reserved: dict[str, float] = {}
+        self._freed = asyncio.Event()
+
+    async def open(self) -> None:
+        """Read what the run has spent; what an ended process left `sent` becomes `in_doubt`."""
+        await asyncio.to_thread(self._adopt_orphans)
+        totals = (await asyncio.to_thread(self._store.read, _TOTALS, [self._run_id]))[0]
+        names = ("calls", "input_tokens", "cached_tokens", "output_tokens")
+        counts = {name: int(totals[name] or 0) for name in names}
+        self.spend = Spend(**counts, usd=float(totals["usd"] or 0), usd_in_doubt=float(totals["usd_in_doubt"] or 0))
+
+    async def reserve(self, request: Request) -> Entry:
+        """Set aside the most that `request` can cost. BudgetError when that no longer fits under the cap."""
+        price = self._provider.price
+        if price is None:
+            return Entry(None)
+        usd = price.usd_at_most(request.input_tokens_at_most(), request.max_output_tokens)
+        while self.max_usd is not None and self._gone() + usd > self.max_usd + _ROUNDING_USD:
+            if not self._reserved:
+                raise BudgetError(
+                    f"the budget is reached: ${self._gone():.4f} of --max-usd {self.max_usd:g} is spent or in doubt "
+                    f"and the next call may cost ${usd:.4f}: "
+                    "the same command with a larger --max-usd goes on from here"
+                )
+            await self._freed.wait()
+        entry = Entry(usd)
+        self._reserved[entry.call_id] = usd
+        return entry
+
+    async def enter(self, entry: Entry, request_sha256: str, latent: int | None, purpose: str, attempt: int) -> None:
+        """Commit the attempt as `sent`: from here on a crash leaves a trace of what may have been paid."""
+        row = {
+            "call_id": entry.call_id,
+            "run_id": self._run_id,
+            "latent": latent,
+            "purpose": purpose,
+            "provider": self._provider.name,
+            "model": self._provider.model,
+            "status": "sent",
+            "request_sha256": request_sha256,
+            "usd_estimated": entry.usd,
+            "attempt": attempt,
+            "started_at": datetime.now(UTC).replace(tzinfo=None),
+        }
+        try:
+            await asyncio.wrap_future(self._store.upsert("calls", [row]))
+        except BaseException:
+            self._free(entry)  # not sent
+            raise
+
+    def settle(self, entry: Entry, outcome: Answer | Fault) -> Future[None]:
+        """Replace the reservation by what the attempt cost. The future resolves when the row is committed.
+
+        An attempt that may have been charged without our seeing the usage stays in doubt, at its estimate.
+        """
+        status, usd, usage = self._judge(entry, outcome)
+        self._free(entry)
+        self.spend.calls += 1
+        for name, tokens in usage.items():
+            setattr(self.spend, name, getattr(self.spend, name) + (tokens or 0))
+        if usd is None:
+            self.spend.usd_in_doubt += entry.usd or 0.0
+        else:
+            self.spend.usd += usd
+        settled = {
+            "call_id": entry.call_id,
+            "status": status,
+            "http_status": outcome.http_status,
+            **usage,
+            "usd": usd,
+            "seconds": time.monotonic() - entry.started,
+        }
+        return self._store.upsert("calls", [settled])
+
+    def _judge(self, entry: Entry, outcome: Answer | Fault) -> tuple[CallStatus, float | None, dict[str, int | None]]:
+        """(status, dollars when known, token counts) of one attempt."""
+        if isinstance(outcome, Fault):
+            refused = isinstance(outcome, Terminal) and outcome.status == "refused"
+            status: CallStatus = "in_doubt" if outcome.billable else "refused" if refused else "error"
+            return status, None if outcome.billable or entry.usd is None else 0.0, {}
+        status = "refused" if outcome.finish == "refusal" else "ok"
+        usage = {
+            "input_tokens": outcome.input_tokens,
+            "cached_tokens": outcome.cached_tokens,
+            "output_tokens": outcome.output_tokens,
+        }
+        price, read, wrote = self._provider.price, outcome.input_tokens, outcome.output_tokens
+        if price is None or read is None or wrote is None:
+            return status, None, usage
+        return status, price.usd(read, wrote, outcome.cached_tokens, outcome.cache_write_tokens), usage
+
+    def _gone(self) -> float:
+        return self.spend.usd + self.spend.usd_in_doubt + sum(self._reserved.values())
+
+    def _free(self, entry: Entry) -> None:
+        self._reserved.pop(entry.call_id, None)
+        self._freed.set()
+        self._freed = asyncio.Event()
+
+    def _adopt_orphans(self) -> None:
+        # One process writes a store: what is older than this one and still `sent` was lost with its process.
+        orphans: list[dict[str, Any]] = self._store.read(
+            "SELECT call_id FROM calls WHERE status = 'sent' AND started_at < ?", [_PROCESS_STARTED]
+        )
+        if orphans:
+            rows = [{"call_id": row["call_id"], "status": "in_doubt"} for row in orphans]
+            self._store.upsert("calls", rows).result()

@@ -1,0 +1,178 @@
+"""One question to the provider: slot, limits, budget, ledger, retries. The only retry loop of the project."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
+
+from autointerp.errors import ProviderError
+from autointerp.labeling.llm.faults import Fault, Interrupted, Retry, RetryKind, Stop, Terminal
+from autointerp.labeling.llm.ledger import Entry, Ledger
+from autointerp.labeling.llm.limits import Limits
+from autointerp.labeling.llm.provider import Answer, Provider, Request
+
+T = TypeVar("T")
+
+_INTERRUPTED = "interrupted: what was in flight is stored; the same command goes on from here"
+_ATTEMPTS: Mapping[RetryKind, int] = MappingProxyType({"limit": 8, "server": 6, "network": 5, "garbage": 3, "adapt": 4})
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How patient we are with one question."""
+
+    attempts: Mapping[RetryKind, int] = field(default_factory=lambda: _ATTEMPTS)
+    """Tries that may end in this kind of fault before the question is given up."""
+    first_wait_s: float = 1.0
+    """Doubled at each attempt where the server does not say how long to wait."""
+    longest_wait_s: float = 60.0
+    """Cap on any wait, an absurd Retry-After included."""
+    total_s: float = 900.0
+
+
+class Sender:
+    """Sends questions to one provider until it is told to stop, by `stopping` or by the provider."""
+
+    def __init__(
+        self, provider: Provider, ledger: Ledger, limits: Limits, concurrency: int, retries: Retries | None = None
+    ):
+        self.stopping = asyncio.Event()
+        self._provider = provider
+        self._ledger = ledger
+        self._limits = limits
+        self._retries = retries or Retries()
+        self._slots = asyncio.Semaphore(concurrency)
+        # The first question goes alone: a wrong key costs one call, not as many as there are slots.
+        self._first = asyncio.Lock()
+        self._proven = False
+        self._stopped_by: ProviderError | None = None
+
+    async def send(
+        self, request: Request, sha256: str, latent: int | None, purpose: str, attempts: Iterator[int]
+    ) -> tuple[Answer, Future[None]]:
+        """The provider's answer, and the commit of what it cost. `attempts` numbers the rows of the ledger.
+
+        Raises Terminal, BudgetError, ProviderError or Interrupted.
+        """
+        met: Counter[RetryKind] = Counter()
+
+        def give_up(state: RetryCallState) -> bool:
+            kind = _fault(state).kind
+            met[kind] += 1
+            return met[kind] >= self._retries.attempts[kind] or (state.seconds_since_start or 0) > self._retries.total_s
+
+        async def attempt() -> tuple[Answer, Future[None]]:
+            return await self._attempt(request, sha256, latent, purpose, next(attempts))
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(Retry), stop=give_up, wait=self._wait_s, sleep=self._sleep, reraise=True
+        )
+        try:
+            return await retrying(attempt)
+        except Retry as fault:
+            message = f"given up after {met.total()} attempts: {fault}"
+            raise Terminal(message, http_status=fault.http_status) from None
+
+    async def _attempt(
+        self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int
+    ) -> tuple[Answer, Future[None]]:
+        entry, alone = await self._unless_stopped(self._admit(request))
+        outcome: Answer | Fault = Fault("cancelled", billable=True)
+        try:
+            await self._ledger.enter(entry, sha256, latent, purpose, attempt)
+            try:
+                outcome = await self._provider.complete(request)
+            except Fault as fault:
+                outcome = fault
+            finally:
+                settled = self._ledger.settle(entry, outcome)
+        finally:
+            adapting = isinstance(outcome, Retry) and outcome.kind == "adapt"
+            if isinstance(outcome, Stop):
+                self._stopped_by = self._stopped_by or ProviderError(
+                    f"{self._provider.name}:{self._provider.model} takes no more questions ({outcome}): "
+                    "mend the key, the account or the model's name; the same command goes on from here"
+                )
+            elif not adapting:
+                self._proven = True
+            self._leave(alone)
+        if isinstance(outcome, Answer):
+            return outcome, settled
+        await asyncio.wrap_future(settled)
+        if adapting:
+            self._provider.adapt(str(outcome))
+        if self._stopped_by and isinstance(outcome, Stop):
+            raise self._stopped_by
+        raise outcome
+
+    async def _admit(self, request: Request) -> tuple[Entry, bool]:
+        """(reservation, whether we go alone). Holds a slot, until `_leave`."""
+        await self._slots.acquire()
+        alone = False
+        try:
+            if not self._proven:
+                await self._first.acquire()
+                alone = not self._proven
+                if not alone:
+                    self._first.release()
+            if self._stopped_by:
+                raise self._stopped_by
+            await self._limits.admit(request.input_tokens_at_most() // 3 + request.max_output_tokens)
+            if self._stopped_by:
+                raise self._stopped_by
+            return await self._ledger.reserve(request), alone
+        except BaseException:
+            self._leave(alone)
+            raise
+
+    def _leave(self, alone: bool) -> None:
+        if alone:
+            self._first.release()
+        self._slots.release()
+
+    async def _unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
+        """The result of `waiting`, which is given up when `stopping` is set first."""
+        if self.stopping.is_set():
+            waiting.close()
+            raise Interrupted(_INTERRUPTED)
+        task, stop = asyncio.create_task(waiting), asyncio.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise Interrupted(_INTERRUPTED)
+        return task.result()
+
+    async def _sleep(self, seconds: float) -> None:
+        await self._unless_stopped(asyncio.sleep(seconds))
+
+    def _wait_s(self, state: RetryCallState) -> float:
+        fault = _fault(state)
+        if fault.kind == "adapt":
+            return 0.0
+        longest = self._retries.longest_wait_s
+        if fault.wait_s is None:
+            wait_s = min(longest, self._retries.first_wait_s * 2 ** (state.attempt_number - 1)) * random.uniform(0.5, 1)
+        else:
+            wait_s = min(longest, fault.wait_s * random.uniform(1.0, 1.1))
+        if fault.kind == "limit":
+            self._limits.pause(wait_s)
+        return wait_s
+
+
+def _fault(state: RetryCallState) -> Retry:
+    """The fault that ended the last attempt (tenacity asks only after one of those that it retries)."""
+    error = state.outcome.exception() if state.outcome else None
+    return error if isinstance(error, Retry) else Retry(str(error), "server")

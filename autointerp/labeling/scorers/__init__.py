@@ -1,0 +1,1 @@
+"""One file per scorer; they register themselves with `autointerp.labeling.base.SCORERS`."""

@@ -1,0 +1,278 @@
+"""What was trained and how to look at it: run.yaml, flags and detection in one checked object. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError
+
+from autointerp.errors import InputError
+
+T = TypeVar("T")
+
+RUN_FILE = "run.yaml"
+KEYS = ("base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens")
+"""The keys of run.yaml; each is also a flag."""
+PATHS = ("base", "adapter", "sae", "corpus")
+
+_HUB_IDS = {
+    "base": re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$"),
+    "adapter": re.compile(r"^[\w-][\w.-]*/[\w.-]+$"),
+    "sae": re.compile(r"^[\w-][\w.-]*/[^\s]+$"),  # release/sae_id; a sae_id has slashes of its own
+    "corpus": re.compile(r"^[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?(?<!\.jsonl)(?<!\.parquet)(?<!\.txt)$"),
+}
+_WEIGHT_FILES = (".json", ".safetensors", ".bin", ".pt", ".npz", ".model", ".yaml")
+_SAMPLE = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to select and collect; none of it says what was trained."""
+
+    top: Annotated[PositiveInt | Literal["auto"], Field(union_mode="left_to_right")] = 50
+    """Latents to select; `auto` stops where the coverage curve flattens."""
+    selector: Annotated[
+        tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)
+    ] = ("change",)
+    """Selectors by name; the first one ranks."""
+    fdr: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """False discovery rate of the tests."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    """A torch device; `auto` takes a GPU where there is one."""
+    tokens_per_batch: PositiveInt = 4096
+    """Positions per forward pass, padding included."""
+    scratch: Path | None = None
+    """Where large temporary files go; the system's temporary directory when None."""
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The keys of run.yaml that are no paths."""
+
+    hook: str | None = None
+    text_column: str = "text"
+    context_length: Annotated[int, Field(ge=8)] = 128
+    max_tokens: PositiveInt = 1_000_000
+
+
+SETTINGS = tuple(setting.name for setting in dataclasses.fields(Settings))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One adapter, looked at through one dictionary on one corpus. `Run.load` makes a checked one.
+
+    Local paths are absolute; hub ids stand as they were given. `base` and `corpus` are None only where `load` was told
+    that they are not needed.
+    """
+
+    path: Path
+    """The run directory."""
+    base: str | None
+    adapter: str
+    adapter_format: str
+    adapter_sha256: str
+    sae: str
+    """A local folder, or a SAELens release/sae_id."""
+    hook: str | None = None
+    """Hook point; None until the dictionary, which names it, is loaded from the hub."""
+    corpus: str | None = None
+    text_column: str = "text"
+    context_length: int = 128
+    max_tokens: int = 1_000_000
+    settings: Settings = Settings()
+    fingerprints: dict[str, str] = field(default_factory=dict, hash=False)
+    """What base, sae and corpus held when the run was loaded; see `fingerprint`."""
+
+    @classmethod
+    def load(cls, path: str | Path, *, need: Collection[str] = ("base", "corpus"), **flags: Any) -> Run:
+        """The run at `path`: a directory that a trainer wrote, one with a run.yaml, or that file itself.
+
+        `flags` are keys of run.yaml or settings; None counts as not given, any other value wins over run.yaml. Paths
+        among them are relative to the working directory, those in run.yaml to it. `need`: which of base and corpus the
+        caller cannot go on without (weights-only selectors need neither). All that can be seen without loading a model
+        is checked here, cheap things first; InputError, in one line, names what is wrong and the mend.
+        """
+        folder = _folder(Path(path))
+        given = {key: value for key, value in flags.items() if value is not None}
+        written = _read(folder / RUN_FILE)
+        located = _located(written, folder) | _located(given, Path.cwd())
+        view, settings = _checked(written | given)
+        if "sae" not in located:
+            raise InputError(f"no SAE for {path}: give --sae a folder or release/sae_id, or sae: in {RUN_FILE}")
+        if "corpus" in need and "corpus" not in located:
+            raise InputError(f"no corpus for {path}: give --corpus a path or a hub id, or corpus: in {RUN_FILE}")
+        prints = {key: fingerprint(located[key], key) for key in ("sae", "corpus") if key in located}
+        adapter = located.get("adapter", str(folder))
+        name, sha256, base = _detected(adapter, located.get("base"), "base" in need)
+        return cls(
+            path=folder,
+            base=base,
+            adapter=adapter,
+            adapter_format=name,
+            adapter_sha256=sha256,
+            sae=located["sae"],
+            hook=view.hook or hook_of(located["sae"]),
+            corpus=located.get("corpus"),
+            text_column=view.text_column,
+            context_length=view.context_length,
+            max_tokens=view.max_tokens,
+            settings=settings,
+            fingerprints=prints | ({"base": fingerprint(base, "base")} if base else {}),
+        )
+
+    def with_hook(self, hook: str | None) -> Run:
+        """This run at `hook`, unless it has one: for dictionaries that say where they belong only once loaded."""
+        if self.hook is None and hook is None:
+            raise InputError(
+                f"no hook: the config of SAE {self.sae} names none; give --hook, e.g. blocks.6.hook_resid_post"
+            )
+        return self if self.hook is not None else dataclasses.replace(self, hook=hook)
+
+    @property
+    def run_id(self) -> str:
+        """12 hex digits of all that determines the evidence, so that the same command finds its run again.
+
+        Files count by name, size and samples of their content (the adapter by all of it), not by path or time: a copy
+        of a run is the same run, a SAE trained anew in place is another.
+        """
+        settings = {key: getattr(self.settings, key) for key in ("top", "selector", "fdr", "seed", "dtype")}
+        parts = {
+            "base": self.fingerprints.get("base", self.base),
+            "sae": self.fingerprints.get("sae", self.sae),
+            "corpus": self.fingerprints.get("corpus", self.corpus),
+            "adapter": self.adapter_sha256,
+            **{key: getattr(self, key) for key in ("hook", "text_column", "context_length", "max_tokens")},
+            **settings,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fingerprint(path: str, key: str) -> str:
+    """What identifies the files at `path` cheaply: names, sizes, and the first, middle and last 64 KiB of each.
+
+    Every byte of a small file counts; a large one written anew differs in its samples too. For a hub id, the id.
+    """
+    root = Path(path)
+    if not root.exists():
+        return path
+    digest = hashlib.sha256()
+    for file in _files(root, key):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root) if root.is_dir() else file.name}\0{size}\0".encode())
+        with file.open("rb") as content:
+            for start in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+                content.seek(start)
+                digest.update(content.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def hook_of(sae: str) -> str | None:
+    """The hook point in the `cfg.json` of a local SAE, under SAELens' present and former keys; None without one."""
+    try:
+        config = json.loads((Path(sae) / "cfg.json").read_text())
+    except (OSError, ValueError):  # a hub id, another format, or damaged: loading it will tell
+        return None
+    places = [config, config.get("metadata")] if isinstance(config, dict) else []
+    names = [place.get(key) for place in places if isinstance(place, dict) for key in ("hook_name", "hook_point")]
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _files(root: Path, key: str) -> Iterable[Path]:
+    if key == "corpus":
+        from autointerp.evidence.documents import corpus_files
+
+        return corpus_files(root)
+    if root.is_file():
+        return [root]
+    return sorted(file for file in root.iterdir() if file.suffix in _WEIGHT_FILES and file.name != RUN_FILE)
+
+
+def _folder(path: Path) -> Path:
+    path = path.expanduser()
+    if path.name == RUN_FILE and path.is_file():
+        path = path.parent
+    if not path.exists():
+        raise InputError(
+            f"run {path}: no such directory; give --run one that a trainer wrote, or one with a {RUN_FILE}"
+        )
+    if not path.is_dir():
+        raise InputError(f"run {path}: is a file; give --run a directory, or a {RUN_FILE}")
+    return path.resolve()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The keys of a run.yaml that have a value; none when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable YAML ({error}); mend it") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{file}: a {type(content).__name__}, want lines of key: value with the keys {', '.join(KEYS)}"
+        )
+    for key in content:
+        if key not in KEYS:
+            raise InputError(f"{file}: unknown key {key!r}; the keys are {', '.join(KEYS)}")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _located(values: dict[str, Any], root: Path) -> dict[str, str]:
+    return {key: _locate(key, values[key], root) for key in PATHS if key in values}
+
+
+def _locate(key: str, value: Any, root: Path) -> str:
+    """`value` as an absolute path if it exists under `root`, as it is if it may be a hub id."""
+    if not isinstance(value, str | Path):
+        raise InputError(f"{key} {value!r}: want a path or a hub id")
+    path = root / Path(value).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if _HUB_IDS[key].match(str(value)):
+        return str(value)
+    other = "a SAELens release/sae_id" if key == "sae" else "a hub id"
+    raise InputError(f"{key} {value}: no such file or folder ({path}); give --{key} an existing path, or {other}")
+
+
+def _checked(values: dict[str, Any]) -> tuple[_View, Settings]:
+    """All that is no path, types and ranges checked."""
+    known = (*KEYS, *SETTINGS)
+    for key in values:
+        if key not in known:
+            raise InputError(f"unknown option {key!r}: choose from {', '.join(known)}")
+    view = {key: value for key, value in values.items() if key not in PATHS and key not in SETTINGS}
+    return _validated(_View, view), _validated(Settings, {key: values[key] for key in SETTINGS if key in values})
+
+
+def _validated(kind: type[T], values: dict[str, Any]) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise InputError(
+            f"{name} {first['input']!r}: {first['msg']}; give another --{name.replace('_', '-')}"
+        ) from error
+
+
+def _detected(adapter: str, base: str | None, base_needed: bool) -> tuple[str, str, str | None]:
+    """Format, hash and base of the adapter, by its files."""
+    from autointerp.evidence import adapters
+
+    found = adapters.detect(adapter)
+    base = base or found.base_of(adapter)
+    if base is None and base_needed:
+        raise InputError(f"no base model: adapter {adapter} names none; give --base, or base: in {RUN_FILE}")
+    return found.name, found.sha256(adapter), base

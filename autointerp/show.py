@@ -1,0 +1,263 @@
+"""The store on a terminal: a run, its changed latents, one latent with its contexts. Reads the store, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from autointerp.errors import InputError
+from autointerp.records import Context, LatentEvidence, Write
+from autointerp.store import Store
+from autointerp.tabulate import query_table
+from autointerp.terminal import console as make_console
+from autointerp.terminal import visible
+
+__all__ = ["header", "latent", "latents_table", "query_table", "table"]
+
+_KINDS = {
+    "top": "fires most, adapted",
+    "gain": "gained most",
+    "loss": "lost most",
+    "top_base": "fired most, base",
+    "quantile": "over the whole range",
+    "silent": "does not fire",
+}
+_WIDE = 120
+"""From this width on, label and effect stand side by side."""
+
+
+def table(store: Store, run_id: str | None = None, console: Console | None = None) -> None:
+    """Print a run (the newest by default) and its changed latents. InputError when there is no such run."""
+    console = console or make_console()
+    run_id = store.run_id(run_id)
+    console.print(header(store, run_id))
+    rows = store.read("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [run_id])
+    if rows:
+        console.print(latents_table(rows, wide=console.width >= _WIDE))
+        console.print(Text("score (null): the best scorer, and the same with another latent's label", style="dim"))
+    else:
+        console.print(Text("no latent was selected: no change was found that stands out from chance"))
+
+
+def latent(
+    store: Store, latent: int, run_id: str | None = None, console: Console | None = None, per_kind: int = 5
+) -> None:
+    """Print one latent: label, statistics, scores, writes, and up to `per_kind` contexts of each kind.
+
+    InputError when the run has no such latent.
+    """
+    console = console or make_console()
+    run_id = store.run_id(run_id)
+    evidence = store.evidence(run_id, latent)
+    key = [run_id, latent]
+    labels = store.read("SELECT * FROM labels WHERE run_id = ? AND latent = ? ORDER BY created_at DESC, labeler", key)
+    scores = store.read("SELECT * FROM scores WHERE run_id = ? AND latent = ? ORDER BY labeler, value DESC", key)
+    title = (
+        f"latent {latent} · rank {evidence.rank} · {evidence.role}"
+        if evidence.rank
+        else f"latent {latent} · not selected"
+    )
+    console.print(Panel(_statistics(evidence), title=Text(title), title_align="left", border_style="dim"))
+    for row in labels:
+        console.print(_label(row, [score for score in scores if score["labeler"] == row["labeler"]]))
+    if evidence.writes:
+        console.print(_heading("when it fires, the adapter"))
+        console.print(_writes(evidence.writes))
+    for kind, meaning in _KINDS.items():
+        contexts = sorted((c for c in evidence.contexts if c.kind == kind), key=lambda c: c.rank)
+        if contexts:
+            console.print(_heading(f"{kind}: {meaning} (peak activation base → adapted)"))
+            console.print(_contexts(contexts[:per_kind], coloured=console.color_system is not None))
+
+
+def header(store: Store, run_id: str) -> Panel:
+    """What the run read, and how far its results go: the honest figures before any label. InputError: no such run."""
+    rows = store.read("SELECT * FROM runs WHERE run_id = ?", [run_id])
+    if not rows:
+        raise InputError(f'there is no run {run_id!r}: `autointerp query "select run_id from runs"` lists them')
+    run = rows[0]
+    k = len(store.selected(run_id))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    lines: list[tuple[str, list[str | None]]] = [
+        ("adapter", [_text(run["adapter"]), _with("on ", run["base"])]),
+        ("dictionary", [_text(run["sae"]), _with("at ", run["hook"]), _with("", run["d_sae"], " latents", "{:,}")]),
+        (
+            "read",
+            [
+                _with("", run["n_tokens"], " tokens", "{:,}"),
+                _with("", run["n_docs"], " documents", "{:,}"),
+                _text(run["corpus"]),
+            ],
+        ),
+        (
+            "change map",
+            [
+                _with("held-out R² ", run["change_r2"], form="{:.2f}"),
+                _with("static share ", run["static_share"], form="{:.1%}"),
+            ],
+        ),
+        (
+            "coverage",
+            [
+                _with(f"{k} latents ", run["coverage"], form="{:.1%}"),
+                _with(f"{k} random ones ", run["random_coverage"], form="{:.1%}"),
+                _with("", run["n_pass"], " passed the tests", "{:,}"),
+            ],
+        ),
+        (
+            "base → adapted",
+            [
+                _pair("FVU", run["fvu_base"], run["fvu_adapted"], "{:.3f}"),
+                _pair("L0", run["l0_base"], run["l0_adapted"], "{:.1f}"),
+                _with("ΔFVU ", run["delta_fvu"], form="{:.2f}"),
+            ],
+        ),
+    ]
+    for name, parts in lines:
+        text = " · ".join(part for part in parts if part)
+        if text:
+            grid.add_row(name, Text(text))
+    title = " · ".join(visible(part) for part in ("run " + run_id, run["selector"], run["status"]) if part)
+    return Panel(grid, title=Text(title), title_align="left", border_style="dim")
+
+
+def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:
+    """Rows of `changed_latents` as a table; narrow ones put the effect under the label."""
+    out = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=True)
+    out.add_column("#", justify="right", no_wrap=True)
+    out.add_column("latent", justify="right", no_wrap=True)
+    out.add_column("label" if wide else "label, and what the adapter does", ratio=1, overflow="fold")
+    if wide:
+        out.add_column("what the adapter does", ratio=1, overflow="fold")
+    for name in ("change", "gain", "cover", "score (null)"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        label, effect = _label_text(row), Text(visible(row["effect"] or ""), style="cyan")
+        words: list[RenderableType] = [label, effect] if wide else [Group(label, effect) if effect else label]
+        out.add_row(
+            _number(row["rank"], "{}"),
+            str(row["latent"]),
+            *words,
+            _number(row["change"], "{:.3f}"),
+            _number(row["gain"], "{:+.0%}"),
+            _number(row["coverage"], "{:.0%}"),
+            _score_text(row["score"], row["null_score"]),
+        )
+    return out
+
+
+def _label_text(row: dict[str, Any]) -> Text:
+    if row["label"]:
+        return Text(visible(row["label"]))
+    words = {"refused": "refused by the model", "failed": "labelling failed"}
+    return Text(words.get(row["status"], "no label" if row["status"] else "not labelled yet"), style="dim")
+
+
+def _statistics(evidence: LatentEvidence) -> RenderableType:
+    grid = Table.grid(padding=(0, 3))
+    for _ in range(4):
+        grid.add_column(justify="left", no_wrap=True)
+    grid.add_row("", *(Text(name, style="dim") for name in ("mean", "fires on", "max")))
+    for side in ("base", "adapted"):
+        values = (getattr(evidence, f"{name}_{side}") for name in ("mean", "freq", "max"))
+        forms = ("{:.4g}", "{:.3%}", "{:.4g}")
+        grid.add_row(Text(side, style="dim"), *(_number(v, form) for v, form in zip(values, forms, strict=True)))
+    change = [
+        _with("change ", evidence.change, form="{:.4f}"),
+        _with("gain ", evidence.gain, form="{:+.1%}"),
+        evidence.state,
+    ]
+    return Group(Text(" · ".join(part for part in change if part)), grid)
+
+
+def _label(row: dict[str, Any], scores: Iterable[dict[str, Any]]) -> RenderableType:
+    lines = [Text.assemble((f"{visible(row['labeler'])}: ", "dim"), (_label_text(row).plain, "bold"))]
+    for name, style in (("explanation", ""), ("effect", "cyan"), ("error", "red")):
+        if row[name]:
+            lines.append(Text(f"  {visible(row[name])}", style=style))
+    for score in scores:
+        interval = "" if score["ci_low"] is None else f" [{score['ci_low']:.2f}, {score['ci_high']:.2f}]"
+        null = "" if score["null_value"] is None else f", another latent's label {score['null_value']:.2f}"
+        missing = f", {score['n_missing']} missing" if score["n_missing"] else ""
+        value = _number(score["value"], "{:.2f}")
+        lines.append(
+            Text(f"  {visible(score['scorer'])} {value}{interval}{null}; {score['n_examples']} examples{missing}")
+        )
+    return Group(*lines)
+
+
+def _writes(writes: Sequence[Write]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for kind in ("promotes", "suppresses", "raises", "lowers"):
+        parts = []
+        for write in sorted((w for w in writes if w.kind == kind), key=lambda w: w.rank):
+            target = f"‘{visible(write.target_token)}’" if write.target_token is not None else f"{write.target_latent}"
+            hint = f" ({visible(write.target_hint)})" if write.target_hint else ""
+            parts.append(f"{target}{hint} {write.weight:+.3g}")
+        if parts:
+            grid.add_row(kind, Text("  ".join(parts)))
+    return grid
+
+
+def _contexts(contexts: Sequence[Context], coloured: bool) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="right", no_wrap=True, style="dim")
+    grid.add_column(overflow="fold", ratio=1)
+    largest = max((max((*c.act_base, *c.act_adapted), default=0.0) for c in contexts), default=0.0) or 1.0
+    for context in contexts:
+        base, adapted = context.act_base[context.peak], context.act_adapted[context.peak]
+        # Which side is shaded follows what the kind is about: what fired in the base, or what fires now.
+        acts = context.act_base if context.kind in ("top_base", "loss") else context.act_adapted
+        grid.add_row(f"{base:.2f} → {adapted:.2f}", shaded(context, [a / largest for a in acts], coloured))
+    return grid
+
+
+def shaded(context: Context, intensities: Sequence[float], coloured: bool) -> Text:
+    """A context, each token on a ground as strong as its intensity in [0, 1]; the peak bold, or «so» without colour."""
+    text = Text()
+    for index, (token, intensity) in enumerate(zip(context.tokens, intensities, strict=True)):
+        peak = index == context.peak and context.kind != "silent"
+        style = _ground(intensity) + (" bold" if peak else "")
+        text.append(f"«{visible(token)}»" if peak and not coloured else visible(token), style=style.strip() or None)
+    return text
+
+
+def _ground(intensity: float) -> str:
+    if intensity < 0.02:
+        return ""
+    t = min(1.0, intensity)
+    return f"black on rgb(255,{round(240 - 110 * t)},{round(205 - 195 * t)})"
+
+
+def _heading(text: str) -> Rule:
+    return Rule(Text(text), align="left", style="dim", characters="─")
+
+
+def _score_text(value: float | None, null: float | None) -> str:
+    return _number(value, "{:.2f}") + ("" if value is None or null is None else f" ({null:.2f})")
+
+
+def _number(value: float | int | None, form: str) -> str:
+    return "–" if value is None or value != value else form.format(value)
+
+
+def _text(value: str | None) -> str | None:
+    return visible(value) if value else None
+
+
+def _with(before: str, value: Any, after: str = "", form: str = "{}") -> str | None:
+    return None if value is None else before + visible(form.format(value)) + after
+
+
+def _pair(name: str, base: float | None, adapted: float | None, form: str) -> str | None:
+    return None if base is None and adapted is None else f"{name} {_number(base, form)} → {_number(adapted, form)}"

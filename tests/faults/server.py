@@ -1,0 +1,202 @@
+"""A loopback server that speaks chat completions and messages, keeps its own bill, and misbehaves by plan."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+Respond = Callable[[str, str], str]
+"""(system prompt, last user message) → text of the answer."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What to do with one request instead of answering it well. A fault of status 200 without `body` is billed."""
+
+    status: int = 200
+    body: str | None = None
+    """Replaces the whole body."""
+    headers: dict[str, str] = field(default_factory=dict)
+    text: str | None = None
+    """Replaces the text of a well-formed answer."""
+    finish: str = "stop"
+    """stop | length | refusal | filter"""
+    usage: bool = True
+    delay_s: float = 0.0
+    breaks: str = ""
+    """`reset`: the connection closes without an answer; `truncate`: in the middle of it; `hang`: nothing comes;
+    `drip`: a byte now and then, so that no read ever times out."""
+
+
+def error(status: int, message: str, *, code: str = "", kind: str = "", **headers: str) -> Fault:
+    """An error body that both SDKs understand."""
+    body = json.dumps({"type": "error", "error": {"message": message, "type": kind, "code": code}})
+    return Fault(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+@dataclass
+class Bill:
+    calls: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    usd: float = 0.0
+
+
+class FaultServer:
+    """`async with FaultServer(respond, plan) as server:` serves at `server.url` in the running loop.
+
+    The n-th request meets the n-th entry of `plan` (None: a good answer); what comes after the plan is answered well.
+    """
+
+    def __init__(
+        self,
+        respond: Respond,
+        plan: Iterable[Fault | None] = (),
+        *,
+        usd_per_mtok: tuple[float, float, float] = (0.10, 0.01, 0.50),
+        cached_tokens: int = 0,
+        latency_s: float = 0.0,
+    ):
+        self.respond = respond
+        self.plan: deque[Fault | None] = deque(plan)
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str] = []
+        self.bill = Bill()
+        self.busiest = 0
+        self._busy = 0
+        self._prices = usd_per_mtok
+        self._cached = cached_tokens
+        self._latency_s = latency_s
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+
+    @property
+    def url(self) -> str:
+        assert self._server
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def __aenter__(self) -> FaultServer:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None):
+        assert self._server
+        self._server.close()
+        for writer in list(self._open):
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            while await self._exchange(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client has gone, as clients do
+        finally:
+            self._open.discard(writer)
+            writer.close()
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request and its answer. False when the connection is over."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        headers = {k.lower(): v for k, v in re.findall(r"^([^:\r\n]+): *([^\r\n]*)", head, re.MULTILINE)}
+        request = json.loads(await reader.readexactly(int(headers["content-length"])))
+        path = head.split(" ", 2)[1]
+        self.requests.append({"path": path, **request})
+        self.keys.append(headers.get("authorization", headers.get("x-api-key", "")))
+        fault = (self.plan.popleft() if self.plan else None) or Fault()
+        self._busy += 1
+        self.busiest = max(self.busiest, self._busy)
+        try:
+            await asyncio.sleep(self._latency_s + fault.delay_s)
+            if fault.breaks in ("reset", "hang"):
+                await asyncio.sleep(3600 if fault.breaks == "hang" else 0)
+                writer.transport.abort()
+                return False
+            body = fault.body if fault.body is not None else self._answer(path, request, fault)
+            await self._write(writer, fault, body.encode())
+        finally:
+            self._busy -= 1
+        return not fault.breaks
+
+    async def _write(self, writer: asyncio.StreamWriter, fault: Fault, body: bytes) -> None:
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **fault.headers}
+        lines = [f"HTTP/1.1 {fault.status} X", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+        writer.write("\r\n".join(lines).encode())
+        if fault.breaks == "drip":
+            for byte in body:
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.02)
+        writer.write(body[: len(body) // 2] if fault.breaks == "truncate" else body)
+        await writer.drain()
+
+    def _answer(self, path: str, request: dict[str, Any], fault: Fault) -> str:
+        """A well-formed answer in the protocol of `path`, on the bill."""
+        openai = path.endswith("/chat/completions")
+        system = request["messages"][0]["content"] if openai else request["system"]
+        text = fault.text if fault.text is not None else self.respond(system, request["messages"][-1]["content"])
+        read = len(json.dumps(request["messages"])) // 4
+        wrote = len(text) // 4 + 1
+        cached = min(self._cached, read)
+        if fault.usage:
+            self.bill.calls += 1
+            self.bill.input_tokens += read
+            self.bill.cached_tokens += cached
+            self.bill.output_tokens += wrote
+            plain_usd, cached_usd, output_usd = self._prices
+            self.bill.usd += ((read - cached) * plain_usd + cached * cached_usd + wrote * output_usd) / 1e6
+        if openai:
+            return json.dumps(_completion(request["model"], text, fault, read, cached, wrote))
+        return json.dumps(_message(request["model"], text, fault, read, cached, wrote))
+
+
+def _completion(model: str, text: str, fault: Fault, read: int, cached: int, wrote: int) -> dict[str, Any]:
+    refused = fault.finish == "refusal"
+    message = {"role": "assistant", "content": None if refused else text, "refusal": text if refused else None}
+    finish = {"length": "length", "filter": "content_filter"}.get(fault.finish, "stop")
+    answer = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+    }
+    details = {"cached_tokens": cached}
+    usage = {"prompt_tokens": read, "completion_tokens": wrote, "prompt_tokens_details": details}
+    return answer | ({"usage": usage | {"total_tokens": read + wrote}} if fault.usage else {})
+
+
+def _message(model: str, text: str, fault: Fault, read: int, cached: int, wrote: int) -> dict[str, Any]:
+    finish = {"length": "max_tokens", "refusal": "refusal", "filter": "refusal"}.get(fault.finish, "end_turn")
+    answer = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [{"type": "text", "text": text}],
+        "stop_reason": finish,
+        "stop_sequence": None,
+    }
+    usage = {"input_tokens": read - cached, "cache_read_input_tokens": cached, "output_tokens": wrote}
+    return answer | ({"usage": usage} if fault.usage else {})
+
+
+def oracle(system: str, user: str) -> str:
+    """Answers both kinds of question from the prompt alone: names the marked tokens, and looks for the named ones."""
+    if '"fires"' in system:
+        described = re.findall(r"`([^`]+)`", user.splitlines()[0])
+        windows = re.findall(r"^\d+: (.*)$", user, re.MULTILINE)
+        return json.dumps({"fires": [int(any(word in window for word in described)) for window in windows]})
+    marked = sorted({m.strip() for line in user.splitlines() if line[:1] == "F" for m in re.findall("«([^»]*)»", line)})
+    named = ", ".join(f"`{word}`" for word in marked[:5])
+    answer = {"label": "these tokens", "explanation": f"Fires on {named}.", "effect": "Nothing stands out."}
+    return json.dumps(answer)

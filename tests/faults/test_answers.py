@@ -1,0 +1,223 @@
+"""Good answers, in both protocols: asked once, understood, and on the ledger as on the server's bill."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from autointerp.labeling.llm.faults import Terminal
+
+from .harness import KEY, MODELS, bench, question, says, word
+from .server import Fault, error
+
+GOOD = json.dumps({"word": "yes"})
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_the_ledger_equals_the_bill(tmp_path: Path, provider: str):
+    async def run():
+        async with bench(tmp_path, provider=provider, respond=says(GOOD), cached_tokens=3, concurrency=4) as b:
+            replies = await asyncio.gather(
+                *(b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(6))
+            )
+            assert [reply.value for reply in replies] == ["yes"] * 6
+            assert not any(reply.salvaged or reply.stored for reply in replies)
+            bill, spend, rows = b.server.bill, b.engine.spend, b.calls()
+            assert b.statuses() == ["ok"] * 6
+            for name in ("input_tokens", "cached_tokens", "output_tokens"):
+                assert sum(row[name] for row in rows) == getattr(bill, name) == getattr(spend, name)
+            assert sum(row["usd"] for row in rows) == pytest.approx(bill.usd, abs=1e-12)
+            assert spend.usd == pytest.approx(bill.usd, abs=1e-12)
+            assert bill.cached_tokens > 0
+            assert all(row["usd"] <= row["usd_estimated"] for row in rows)
+            assert {row["latent"] for row in rows} == set(range(6))
+            assert {(row["provider"], row["model"], row["purpose"]) for row in rows} == {
+                (provider, MODELS[provider], "label")
+            }
+            assert all(KEY in key for key in b.server.keys)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_the_schema_and_the_cap_are_sent(tmp_path: Path, provider: str):
+    async def run():
+        async with bench(tmp_path, provider=provider, respond=says(GOOD)) as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            (sent,) = b.server.requests
+            assert sent["max_tokens"] == 50
+            form = sent["response_format"]["json_schema"] if provider == "openai" else sent["output_config"]["format"]
+            assert form["schema"] == question().schema
+
+    asyncio.run(run())
+
+
+def test_identical_questions_in_flight_share_one_call(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), latency_s=0.02) as b:
+            asks = [b.engine.ask(question(), word, latent=i, purpose="label") for i in range(10)]
+            assert {reply.value for reply in await asyncio.gather(*asks)} == {"yes"}
+            assert len(b.server.requests) == 1
+
+    asyncio.run(run())
+
+
+def test_an_answer_is_never_paid_for_again(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD)) as first:
+            await first.engine.ask(question(), word, latent=0, purpose="label")
+            server = first.server
+            await first.engine.aclose()
+            first.store.close()
+            async with bench(tmp_path, server=server, run_id="another run") as second:
+                reply = await second.engine.ask(question(), word, latent=0, purpose="label")
+                assert reply.stored
+                assert reply.value == "yes"
+                await second.engine.ask(question(1), word, latent=0, purpose="label")
+            assert [r["messages"][-1]["content"] for r in server.requests] == ["Question 0", "Question 1"]
+
+    asyncio.run(run())
+
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from faults.harness import bench, question, word
+from autointerp.labeling.base import LabelingSettings
+from autointerp.labeling.llm.engine import Engine
+from autointerp.labeling.llm.provider import make_provider
+from autointerp.store import Store
+
+async def run():
+    with Store.open(Path(sys.argv[1]) / "store.duckdb") as store:
+        settings = LabelingSettings("child")
+        engine = Engine(make_provider("openai", "gpt-6-luna", settings), store, settings)
+        reply = await engine.ask(question(), word, latent=0, purpose="label")
+        print(reply.value, reply.stored)
+        await engine.aclose()
+
+asyncio.run(run())
+"""
+
+
+def test_nor_by_another_process(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD)) as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            b.store.close()
+            here = Path(__file__).parent
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parents[1])])}
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", CHILD, str(tmp_path), env=environment, stdout=asyncio.subprocess.PIPE
+            )
+            output, _ = await child.communicate()
+            assert output.decode().split() == ["yes", "True"]
+            assert len(b.server.requests) == 1
+
+    asyncio.run(run())
+
+
+def test_prose_around_the_json_is_salvaged(tmp_path: Path):
+    async def run():
+        text = '<think>{"word": 3}</think>Sure! ```json\n{"word": "yes"}\n``` I hope this {helps}.'
+        async with bench(tmp_path, respond=says(text)) as b:
+            reply = await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert (reply.value, reply.salvaged) == ("yes", True)
+            assert len(b.server.requests) == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("bad", ['{"word": 3}', "I would rather not say.", '{"word": "ye', '["yes"]'])
+def test_an_answer_that_does_not_fit_is_repaired_once(tmp_path: Path, bad: str):
+    async def run():
+        async with bench(tmp_path, [Fault(text=bad)], respond=says(GOOD)) as b:
+            reply = await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert reply.value == "yes"
+            assert [message["role"] for message in b.server.requests[1]["messages"]] == [
+                "system",
+                "user",
+                "assistant",
+                "user",
+            ]
+            assert b.statuses() == ["ok", "ok"]
+            assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
+            again = await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert again.stored
+
+    asyncio.run(run())
+
+
+def test_a_second_misfit_fails_the_question_and_is_no_answer(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says('{"world": "yes"}')) as b:
+            with pytest.raises(Terminal, match="'word' must be a string") as failed:
+                await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert failed.value.status == "failed"
+            assert len(b.server.requests) == 2
+            assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
+            assert b.store.read("SELECT * FROM answers") == []
+
+    asyncio.run(run())
+
+
+def test_an_answer_cut_off_is_asked_once_more_with_room(tmp_path: Path):
+    async def run():
+        cut = Fault(text='{"word": "y', finish="length")
+        async with bench(tmp_path, [cut], respond=says(GOOD)) as b:
+            assert (await b.engine.ask(question(), word, latent=0, purpose="label")).value == "yes"
+            assert [r["max_tokens"] for r in b.server.requests] == [50, 200]
+            await b.engine.ask(question(1), word, latent=0, purpose="label")
+            assert b.server.requests[-1]["max_tokens"] == 200, "learnt: not paid for twice again"
+            assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+@pytest.mark.parametrize("finish", ["refusal", "filter"])
+def test_a_refusal_is_terminal_and_paid_for_once(tmp_path: Path, provider: str, finish: str):
+    async def run():
+        refusal = Fault(text="I cannot help with that.", finish=finish)
+        async with bench(tmp_path, [refusal, refusal], provider=provider, respond=says(GOOD)) as b:
+            for _ in range(2):
+                with pytest.raises(Terminal) as refused:
+                    await b.engine.ask(question(), word, latent=0, purpose="label")
+                assert refused.value.status == "refused"
+            assert len(b.server.requests) == 1
+            assert b.statuses() == ["refused"]
+            assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
+
+    asyncio.run(run())
+
+
+def test_an_answer_without_usage_counts_at_its_estimate(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, [Fault(usage=False)], respond=says(GOOD)) as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            (call,) = b.calls()
+            assert (call["status"], call["input_tokens"], call["usd"]) == ("ok", None, None)
+            assert b.engine.spend.usd_in_doubt == call["usd_estimated"] > 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("provider", "parameter", "where"),
+    [("openai", "response_format", "response_format"), ("anthropic", "output_config.format", "output_config")],
+)
+def test_a_server_without_structured_output_is_remembered(tmp_path: Path, provider: str, parameter: str, where: str):
+    async def run():
+        plan = [error(400, f"{parameter}: extra inputs are not permitted")]
+        async with bench(tmp_path, plan, provider=provider, respond=says(GOOD), concurrency=3) as b:
+            asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(3)]
+            await asyncio.gather(*asks)
+            assert [where in request for request in b.server.requests] == [True, False, False, False]
+            assert sorted(b.statuses()) == ["error", "ok", "ok", "ok"]
+
+    asyncio.run(run())

@@ -1,0 +1,192 @@
+"""Each fault has one right outcome: how often is asked, what the question becomes, what the ledger says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+
+from autointerp.errors import ProviderError
+from autointerp.labeling.llm.faults import Retry, Terminal, from_status, retry_after
+from autointerp.labeling.llm.sending import Retries
+
+from .harness import KEY, bench, question, says, word
+from .server import Fault, error
+
+GOOD = json.dumps({"word": "yes"})
+PROVIDERS = pytest.mark.parametrize("provider", ["openai", "anthropic"])
+
+RETRIED = {
+    "429": error(429, "slow down", code="rate_limit_exceeded"),
+    "429 in seconds": error(429, "slow down", retry_after="0"),
+    "429 in ms": error(429, "slow down", retry_after_ms="5"),
+    "429 by a date": error(429, "slow down", retry_after="Wed, 21 Oct 2015 07:28:00 GMT"),
+    "429 absurd": error(429, "slow down", retry_after="1000000"),
+    "429 nonsense": error(429, "slow down", retry_after="soon"),
+    "500": error(500, "oops"),
+    "502 in HTML": Fault(502, "<html><h1>Bad gateway</h1></html>", {"content-type": "text/html"}),
+    "503": error(503, "busy"),
+    "529": error(529, "Overloaded", kind="overloaded_error"),
+    "408": error(408, "timeout"),
+}
+IN_DOUBT = {
+    "reset": Fault(breaks="reset"),
+    "truncated": Fault(breaks="truncate"),
+    "slow headers": Fault(breaks="hang"),
+    "slow drip": Fault(breaks="drip"),
+    "empty 200": Fault(body=""),
+    "HTML 200": Fault(body="<html>Welcome to the hotel</html>", headers={"content-type": "text/html"}),
+    "error in a 200": Fault(body='{"error": {"message": "oops"}}'),
+    "broken JSON": Fault(body='{"choices": ['),
+    "no choices": Fault(body='{"choices": [], "usage": null}'),
+    "a list": Fault(body="[]"),
+}
+
+
+@PROVIDERS
+@pytest.mark.parametrize("name", [*RETRIED, *IN_DOUBT])
+def test_a_passing_fault_is_retried(tmp_path: Path, provider: str, name: str):
+    async def run():
+        fault = (RETRIED | IN_DOUBT)[name]
+        async with bench(tmp_path, [fault], provider=provider, respond=says(GOOD), timeout_s=0.3) as b:
+            reply = await b.engine.ask(question(), word, latent=3, purpose="label")
+            assert reply.value == "yes"
+            assert len(b.server.requests) == 2
+            first, second = b.calls()
+            assert (first["status"], second["status"]) == ("error" if name in RETRIED else "in_doubt", "ok")
+            assert (first["attempt"], second["attempt"]) == (1, 2)
+            assert first["usd"] == (0.0 if name in RETRIED else None)
+            if name in RETRIED:
+                assert first["http_status"] == fault.status
+                assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
+
+    asyncio.run(run())
+
+
+def test_an_absurd_wait_is_capped_and_a_sensible_one_obeyed(tmp_path: Path):
+    async def run(wait_ms: str, longest_s: float) -> float:
+        plan = [error(429, "slow down", retry_after_ms=wait_ms)]
+        async with bench(tmp_path, plan, respond=says(GOOD), retries=Retries(longest_wait_s=longest_s)) as b:
+            await b.engine.ask(question(int(wait_ms)), word, latent=0, purpose="label")
+            started = [call["started_at"] for call in b.calls()[-2:]]
+            return (started[1] - started[0]).total_seconds()
+
+    assert 0.1 <= asyncio.run(run("100", 5.0)) < 2
+    assert asyncio.run(run("1000000000", 0.1)) < 2
+
+
+def test_a_limit_pauses_the_others_too(tmp_path: Path):
+    async def run():
+        plan = [None, error(429, "slow down", retry_after_ms="150")]
+        retries = Retries(longest_wait_s=1.0)
+        async with bench(tmp_path, plan, respond=says(GOOD), retries=retries, concurrency=1) as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            began = time.monotonic()
+            limited = asyncio.create_task(b.engine.ask(question(1), word, latent=1, purpose="label"))
+            while len(b.server.requests) < 2:
+                await asyncio.sleep(0.001)
+            await b.engine.ask(question(2), word, latent=2, purpose="label")
+            assert time.monotonic() - began >= 0.14
+            await limited
+
+    asyncio.run(run())
+
+
+def test_a_refused_connection_was_never_sent_and_costs_nothing(tmp_path: Path):
+    async def run():
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            async with bench(tmp_path, respond=says(GOOD)) as b:
+                b.engine.provider.endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+                with pytest.raises(Terminal, match="given up after 5 attempts: connection failed"):
+                    await b.engine.ask(question(), word, latent=0, purpose="label")
+                assert b.statuses() == ["error"] * 5
+                assert b.engine.spend.usd_in_doubt == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("fault", "n"), [(Fault(body=""), 3), (error(503, "busy"), 6), (error(429, "slow"), 8)])
+def test_a_lasting_fault_fails_the_question_only(tmp_path: Path, fault: Fault, n: int):
+    async def run():
+        async with bench(tmp_path, [fault] * n, respond=says(GOOD)) as b:
+            with pytest.raises(Terminal, match=f"given up after {n} attempts"):
+                await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert len(b.server.requests) == n
+            assert (await b.engine.ask(question(1), word, latent=1, purpose="label")).value == "yes"
+
+    asyncio.run(run())
+
+
+STOPS = {
+    "401": error(401, f"Incorrect API key provided: {KEY}", code="invalid_api_key"),
+    "401 masked": error(401, "Incorrect API key provided: sk-proj-****6789"),
+    "402": error(402, "pay first", kind="billing_error"),
+    "403": error(403, "not for you"),
+    "retired": error(404, "The model has been retired", code="model_not_found", kind="not_found_error"),
+    "quota": error(429, "You exceeded your current quota", code="insufficient_quota", kind="insufficient_quota"),
+    "credit": error(400, "Your credit balance is too low", kind="invalid_request_error"),
+}
+
+
+@PROVIDERS
+@pytest.mark.parametrize("name", STOPS)
+def test_the_provider_is_stopped_after_one_call(tmp_path: Path, provider: str, name: str, capfd: pytest.CaptureFixture):
+    async def run():
+        async with bench(tmp_path, [STOPS[name]] * 20, provider=provider, concurrency=8) as b:
+            asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(12)]
+            errors = await asyncio.gather(*asks, return_exceptions=True)
+            assert {type(e) for e in errors} == {ProviderError}
+            assert len(b.server.requests) == 1
+            (call,) = b.calls()
+            assert (call["status"], call["http_status"], call["usd"]) == ("error", STOPS[name].status, 0.0)
+            return [str(e) for e in errors], b.store.read("SELECT * FROM calls")
+
+    shown = str(asyncio.run(run())) + "".join(capfd.readouterr())
+    assert "secret" not in shown
+    assert "6789" not in shown
+
+
+@PROVIDERS
+@pytest.mark.parametrize(("status", "too_long"), [(400, False), (413, True), (422, False)])
+def test_a_bad_request_fails_its_latent_after_one_call(tmp_path: Path, provider: str, status: int, too_long: bool):
+    async def run():
+        async with bench(tmp_path, [error(status, "no")], provider=provider, respond=says(GOOD)) as b:
+            with pytest.raises(Terminal) as failed:
+                await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert (failed.value.status, failed.value.too_long) == ("failed", too_long)
+            assert len(b.server.requests) == 1
+            assert (await b.engine.ask(question(1), word, latent=1, purpose="label")).value == "yes"
+
+    asyncio.run(run())
+
+
+def test_retry_after_in_all_its_forms():
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    date = format_datetime(now + timedelta(seconds=7), usegmt=True)
+    assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert retry_after({"retry-after": "3"}) == 3.0
+    assert retry_after({"retry-after": date}, now) == 7.0
+    assert retry_after({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, now) == 0.0
+    assert retry_after({"retry-after": "soon"}) is None
+    assert retry_after({}) is None
+
+
+def test_what_a_status_means():
+    overflow = '{"error": {"message": "This model\'s maximum context length is 8192 tokens, reduce max_tokens"}}'
+    fault = from_status(400, {}, overflow, ("max_tokens",))
+    assert isinstance(fault, Terminal)
+    assert fault.too_long
+    unknown = from_status(400, {}, "Unsupported parameter: 'max_tokens'", ("max_tokens",))
+    assert isinstance(unknown, Retry)
+    assert (unknown.kind, str(unknown)) == ("adapt", "max_tokens")
+    filtered = from_status(400, {}, '{"error": {"code": "content_filter", "message": "no"}}')
+    assert isinstance(filtered, Terminal)
+    assert filtered.status == "refused"
+    assert len(str(from_status(500, {}, "x" * 10_000))) <= 300

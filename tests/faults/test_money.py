@@ -1,0 +1,177 @@
+"""The budget, the limits, and what remains after an interruption or a crash."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from autointerp.errors import BudgetError, InputError
+from autointerp.labeling.base import LabelingSettings
+from autointerp.labeling.llm.faults import Interrupted
+from autointerp.labeling.llm.limits import Limits
+from autointerp.labeling.llm.prices import find_price
+from autointerp.labeling.llm.provider import make_provider
+
+from .harness import bench, question, says, word
+from .server import Fault
+
+GOOD = json.dumps({"word": "yes"})
+
+
+@pytest.mark.parametrize("n_calls", [0.5, 3, 30])
+def test_the_budget_is_never_exceeded_with_twenty_in_flight(tmp_path: Path, n_calls: float):
+    async def run():
+        async with bench(tmp_path / "measure", respond=says(GOOD)) as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            estimate, one = b.calls()[0]["usd_estimated"], b.server.bill.usd
+        cap = n_calls * estimate
+        async with bench(tmp_path, respond=says(GOOD), latency_s=0.003, concurrency=20, max_usd=cap) as b:
+            asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(60)]
+            results = await asyncio.gather(*asks, return_exceptions=True)
+            n_good = sum(not isinstance(r, BaseException) for r in results)
+            assert all(isinstance(r, BudgetError) for r in results if isinstance(r, BaseException))
+            assert b.server.bill.usd <= cap
+            assert n_good == len(b.server.requests) == len(b.calls())
+            # Nor is it left unspent: what refuses a call is that its estimate no longer fits.
+            assert n_good == 60 or b.server.bill.usd + estimate > cap
+            assert n_good == min(60, int((cap - estimate) // one) + 1 if cap >= estimate else 0) or n_good == 60
+            assert b.statuses() == ["ok"] * n_good
+
+    (tmp_path / "measure").mkdir()
+    asyncio.run(run())
+
+
+def test_the_budget_counts_earlier_invocations_and_doubts(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, [Fault(body="")] * 3, respond=says(GOOD), run_id="one") as b:
+            with pytest.raises(Exception, match="given up"):
+                await b.engine.ask(question(), word, latent=0, purpose="label")
+            in_doubt = b.engine.spend.usd_in_doubt
+            assert in_doubt > 0
+        async with bench(tmp_path, respond=says(GOOD), run_id="one", max_usd=in_doubt * 1.05) as b:
+            with pytest.raises(BudgetError, match="larger --max-usd"):
+                await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert b.server.requests == []
+        async with bench(tmp_path, respond=says(GOOD), run_id="two", max_usd=in_doubt * 1.05) as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+
+    asyncio.run(run())
+
+
+def test_calls_of_a_killed_process_are_in_doubt(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD)) as b:
+            lost = {"call_id": "lost", "run_id": "run", "status": "sent", "usd_estimated": 0.25}
+            b.store.upsert("calls", [lost | {"started_at": datetime(2020, 1, 1)}]).result()
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert b.store.read("SELECT status FROM calls WHERE call_id = 'lost'") == [{"status": "in_doubt"}]
+            assert b.engine.spend.usd_in_doubt == 0.25
+
+    asyncio.run(run())
+
+
+def test_draining_finishes_what_is_in_flight_and_sends_no_more(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), latency_s=0.05, concurrency=3) as b:
+            await b.engine.ask(question(99), word, latent=99, purpose="label")
+            asks = [asyncio.create_task(b.engine.ask(question(i), word, latent=i, purpose="label")) for i in range(10)]
+            while len(b.server.requests) < 4:
+                await asyncio.sleep(0.001)
+            await b.engine.drain()
+            results = await asyncio.gather(*asks, return_exceptions=True)
+            assert [type(r).__name__ for r in results].count("Reply") == 3
+            assert [type(r) for r in results].count(Interrupted) == 7
+            assert len(b.server.requests) == 4
+            assert b.statuses() == ["ok"] * 4
+            assert len(b.store.read("SELECT * FROM answers")) == 4
+            with pytest.raises(Interrupted):
+                await b.engine.ask(question(50), word, latent=0, purpose="label")
+
+    asyncio.run(run())
+
+
+def test_a_caller_that_is_cancelled_does_not_lose_a_paid_answer(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), latency_s=0.05) as b:
+            asking = asyncio.create_task(b.engine.ask(question(), word, latent=0, purpose="label"))
+            while not b.server.requests:
+                await asyncio.sleep(0.001)
+            asking.cancel()
+            await b.engine.drain()
+            assert len(b.store.read("SELECT * FROM answers")) == 1
+
+    asyncio.run(run())
+
+
+def test_a_wait_is_interrupted(tmp_path: Path):
+    async def run():
+        limits = Limits(rpm=1, tpm=None)
+        async with bench(tmp_path, respond=says(GOOD), limits=limits) as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            waiting = asyncio.create_task(b.engine.ask(question(1), word, latent=1, purpose="label"))
+            await asyncio.sleep(0.02)
+            began = time.monotonic()
+            await b.engine.drain()
+            assert time.monotonic() - began < 2
+            with pytest.raises(Interrupted):
+                await waiting
+
+    asyncio.run(run())
+
+
+def test_requests_per_minute_and_concurrency_are_kept(tmp_path: Path):
+    async def run():
+        limits = Limits(rpm=5, tpm=None, period_s=0.3)
+        async with bench(tmp_path, respond=says(GOOD), limits=limits, concurrency=2, latency_s=0.01) as b:
+            asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(12)]
+            began = time.monotonic()
+            await asyncio.gather(*asks)
+            assert time.monotonic() - began >= 0.6, "12 requests are three periods of five"
+            assert b.server.busiest <= 2
+
+    asyncio.run(run())
+
+
+def test_tokens_per_minute_are_kept_and_a_large_question_still_goes():
+    async def run() -> float:
+        limits = Limits(rpm=None, tpm=100, period_s=0.5)
+        began = time.monotonic()
+        await limits.admit(100)
+        await limits.admit(1000)
+        return time.monotonic() - began
+
+    assert 0.45 <= asyncio.run(run()) < 2
+
+
+def test_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    listed = find_price("claude-haiku-5-5-20261001")
+    assert listed == find_price("claude-haiku-5-5")
+    assert listed is not None
+    assert listed.usd(1_000_000, 1_000_000, cached_tokens=1_000_000) == pytest.approx(0.51)
+    assert find_price("my-own") is None
+    own = tmp_path / "prices.json"
+    own.write_text('{"models": {"my-own": {"input": 1, "output": 2}}}')
+    assert find_price("my-own", own) is not None
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    with pytest.raises(InputError, match="--prices"):
+        make_provider("openai", "my-own", LabelingSettings("r", max_usd=1.0))
+    make_provider("openai", "my-own", LabelingSettings("r", max_usd=1.0, prices_path=own))
+    own.write_text('{"models": {"my-own": {"input": -1, "output": 2}}}')
+    with pytest.raises(InputError, match="not understood"):
+        find_price("my-own", own)
+
+
+def test_a_model_without_a_price_has_no_dollars(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), model="my-own") as b:
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            (call,) = b.calls()
+            assert (call["usd"], call["usd_estimated"]) == (None, None)
+            assert call["input_tokens"] == b.server.bill.input_tokens
+
+    asyncio.run(run())
