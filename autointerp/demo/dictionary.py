@@ -16,7 +16,9 @@ HOOK = f"blocks.{BLOCK}.hook_resid_post"
 HF_HOOK = f"transformer.h.{BLOCK}"
 N_LATENTS = 2048
 K = 20
-DEAD_AFTER_TOKENS = 50_000  # the auxiliary loss takes hold of latents that have not fired for this long
+DEAD_AFTER_TOKENS = 50_000  # a latent that has not fired for this long is dead, as training sees it
+REVIVE_EVERY = 100  # steps
+REVIVE_UNTIL = 0.75  # of all steps; later arrivals would not settle
 
 
 class Quality(NamedTuple):
@@ -104,10 +106,29 @@ def fit_sae(sae: BatchTopKTrainingSAE, stream: Iterator[torch.Tensor], steps: in
         schedule.step()
         optimizer.zero_grad()
         silent_for = torch.where((output.feature_acts > 0).any(0), 0.0, silent_for + len(x))
+        dead = silent_for > DEAD_AFTER_TOKENS
+        if step % REVIVE_EVERY == 0 and step < REVIVE_UNTIL * steps and dead.any():
+            revive(sae, optimizer, dead.nonzero()[:, 0], (x - output.sae_out).detach())
+            silent_for[dead] = 0.0
         if step % 100 == 0 or step == steps - 1:
             fvu = output.losses["mse_loss"].item() / (x - x.mean(0)).pow(2).sum(1).mean().item()
-            n_dead = int((silent_for > DEAD_AFTER_TOKENS).sum())
-            print(f"sae: step {step}/{steps} FVU {fvu:.3f} dead {n_dead}", flush=True)
+            print(f"sae: step {step}/{steps} FVU {fvu:.3f} dead {int(dead.sum())}", flush=True)
+
+
+@torch.no_grad()
+def revive(sae: BatchTopKTrainingSAE, optimizer: torch.optim.Adam, latents: torch.Tensor, error: torch.Tensor) -> None:
+    """Start `latents` again as the directions of badly reconstructed tokens, drawn by squared `error` [n_tokens, d].
+
+    SAELens' auxiliary loss alone does not bring them back here: it spreads the error over d/2 = 64 dead latents
+    at once, and each stays below the threshold.
+    """
+    tokens = torch.multinomial(error.pow(2).sum(1), len(latents), replacement=len(latents) > len(error))
+    rows = torch.nn.functional.normalize(error[tokens], dim=1)
+    sae.W_dec[latents], sae.W_enc[:, latents], sae.b_enc[latents] = rows, rows.T, 0.0
+    for moment in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[sae.W_dec][moment][latents] = 0.0
+        optimizer.state[sae.W_enc][moment][:, latents] = 0.0
+        optimizer.state[sae.b_enc][moment][latents] = 0.0
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class Plan:
     model_batch: int = 16
     sae_steps: int = 2200
     sae_batch: int = 8
-    adapter_steps: int = 500
+    adapter_steps: int = 600
     adapter_batch: int = 16
     corpus_chars_per_domain: int = 200_000
 
@@ -58,6 +58,11 @@ class Plan:
         """The same plan with every number of steps multiplied by `factor` (for a quick look)."""
         steps = {k: max(1, round(v * factor)) for k, v in asdict(self).items() if k.endswith("_steps")}
         return Plan(**(asdict(self) | steps))
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens that each stage trains on, BOS included."""
+        stages = ("model", "sae", "adapter")
+        return {s: getattr(self, f"{s}_steps") * getattr(self, f"{s}_batch") * language_model.CONTEXT for s in stages}
 
 
 def training_text(documents: list[Document]) -> list[Document]:
@@ -94,7 +99,12 @@ def write_corpus(out: Path, documents: list[Document], plan: Plan) -> None:
     lines = [json.dumps(d._asdict(), ensure_ascii=False) + "\n" for d in corpus]
     (out / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
     (out / "run.yaml").write_text(yaml.safe_dump(RUN, sort_keys=False))
-    card = measure(out) | {"plan": asdict(plan), "python": platform.python_version(), "torch": torch.__version__}
+    card = measure(out) | {
+        "plan": asdict(plan),
+        "trained_tokens": plan.tokens(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (out / "README.md").write_text(readme(card))
 

@@ -113,18 +113,27 @@ class GainTest:
         return self.gains(moments).abs() / self.inverse.diagonal().sqrt()
 
 
-def q_values(target: np.ndarray, decoy: np.ndarray) -> np.ndarray:
-    """q-value of each target by target–decoy competition: min over τ ≤ T_j of (1 + #decoys ≥ τ) / #targets ≥ τ.
+def q_values(target: np.ndarray, decoys: np.ndarray, level: float) -> np.ndarray:
+    """q-value of each target by competition with decoys: min over τ ≤ T_j of (1 + #decoys ≥ τ)/R / #targets ≥ τ.
 
-    Keeping those with q ≤ level bounds the false discovery rate at level when decoys are exchangeable with null targets
-    (Barber & Candès 2015; Elias & Gygi 2007). `target` and `decoy` are [p].
+    target [p]; decoys [R, p], R copies of each. Keeping those with q ≤ level bounds the false discovery rate (Barber & Candès
+    2015). The decoys of a latent that does carry an effect are inflated by that effect, so they say nothing of the null ones:
+    those of rejected latents are taken out and the rest stand for all, until nothing changes.
     """
+    copies, p = decoys.shape
     order = np.argsort(-target, kind="stable")
-    decoys_above = len(decoy) - np.searchsorted(np.sort(decoy), target[order], side="left")
-    rate = (1 + decoys_above) / np.arange(1, len(target) + 1)
-    q = np.empty(len(target))
-    q[order] = np.minimum.accumulate(rate[::-1])[::-1]
-    return np.minimum(q, 1.0)
+    null = np.ones(p, dtype=bool)
+    q = np.ones(p)
+    for _ in range(10):
+        pool = np.sort(decoys[:, null].ravel())
+        above = (len(pool) - np.searchsorted(pool, target[order], side="left")) * (p / null.sum())
+        rate = (1 + above) / copies / np.arange(1, p + 1)
+        q[order] = np.minimum(np.minimum.accumulate(rate[::-1])[::-1], 1.0)
+        left = q > level
+        if (left == null).all() or left.sum() < p / 10:
+            break
+        null = left
+    return q
 
 
 def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
@@ -151,28 +160,33 @@ def coverage_curve(fitted: Moments, held: Moments, order: Sequence[int]) -> list
     return [explained(held, order[: k + 1], refit(fitted, order[: k + 1])) for k in range(len(order))]
 
 
-def decompose(row: Tensor, W_dec: Tensor, own: int | None, n_directions: int, stop: float = 0.02) -> list[tuple[int, float]]:
-    """A row as a few decoder directions, c ≈ Σ a_i d_i, by orthogonal matching pursuit; the latent's own direction is always first.
+def decompose(row: Tensor, W_dec: Tensor, n: int, own: int | None = None, stop: float = 0.02) -> list[tuple[int, float]]:
+    """A direction as a few decoder directions, row ≈ Σ a_i d_i, by orthogonal matching pursuit: [(latent, a_i)].
 
-    row [d], W_dec [m, d]. Stops when a direction lowers the squared residual by less than `stop` of ‖c‖². Returns (latent, a).
+    row [d], W_dec [m, d]. At most n directions, besides the latent's own, which is always first when given. Stops when the next
+    direction would lower the squared residual by less than `stop` of ‖row‖².
     """
-    norms = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
-    chosen = [own] if own is not None else []
-    coefficients = row.new_zeros(0)
-    left, total = row, row.square().sum()
+    total = row.square().sum()
     if total == 0:
         return []
-    for _ in range(n_directions + len(chosen)):
-        if len(coefficients) != len(chosen):
-            D = W_dec[chosen]
-            coefficients = torch.linalg.lstsq(D.T, row[:, None]).solution[:, 0]
-            left = row - coefficients @ D
-        if len(chosen) >= n_directions + (own is not None):
-            break
-        fit_ = (W_dec @ left).abs() / norms
-        fit_[chosen] = -1
-        best = int(fit_.argmax())
-        if fit_[best].square() < stop * total:
+    norms = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
+    chosen = [own] if own is not None else []
+    coefficients, left = _project(row, W_dec, chosen)
+    for _ in range(n):
+        fit = (W_dec @ left).abs() / norms
+        fit[chosen] = -1
+        best = int(fit.argmax())
+        if fit[best].square() < stop * total:
             break
         chosen.append(best)
-    return [(latent, float(a)) for latent, a in zip(chosen, coefficients, strict=False)]
+        coefficients, left = _project(row, W_dec, chosen)
+    return [(latent, float(a)) for latent, a in zip(chosen, coefficients, strict=True)]
+
+
+def _project(row: Tensor, W_dec: Tensor, chosen: list[int]) -> tuple[Tensor, Tensor]:
+    """Least-squares coefficients of `row` on the chosen directions, and what they leave."""
+    if not chosen:
+        return row.new_zeros(0), row
+    D = W_dec[chosen]
+    coefficients = torch.linalg.lstsq(D.T, row[:, None], driver="gelsd").solution[:, 0]
+    return coefficients, row - coefficients @ D

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from autointerp.errors import InputError
+from autointerp.evidence.hub import snapshot
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +63,7 @@ def load_causal_lm(
 
     InputError for a missing path, config or weight, a damaged file, weights not finite, and an unreachable hub.
     """
+    dtype, device = torch_dtype(dtype), torch_device(device)
     _check_folder(spec, option)
     if Path(spec).is_dir():
         for file in sorted(Path(spec).glob("*.safetensors")):
@@ -69,12 +71,12 @@ def load_causal_lm(
     mend = f"give --{option} a causal language model written by save_pretrained, or its hub id"
     with _one_line(f"{option} {spec}", mend):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(spec), dtype=torch_dtype(dtype), trust_remote_code=False, output_loading_info=True
+            str(spec), dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{option} {spec}: no weights for {missing[0]} ({len(missing)} missing); save the whole model")
-    model.requires_grad_(False).eval().to(torch_device(device))
+    model.requires_grad_(False).eval().to(device)
     check_finite(f"{option} {spec}", model.named_parameters())
     return model
 
@@ -125,11 +127,12 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _check_folder(spec: str | Path, option: str) -> None:
-    """A path must be a folder with a readable config.json; anything else is taken for a hub id by transformers."""
+    """A path must be a folder with a readable config.json; anything else, a hub id within reach."""
     folder = Path(spec)
     if not folder.exists():
         if folder.is_absolute() or str(spec).startswith(".") or len(folder.parts) > 2:
             raise InputError(f"{option} {spec}: no such folder; give --{option} an existing path, or a hub id")
+        snapshot(str(spec), ("config.json",), option)
         return
     if folder.is_file():
         raise InputError(f"{option} {spec}: is a file; give the folder that holds config.json and the weights")
@@ -153,27 +156,17 @@ def read_json(file: Path, option: str) -> dict[str, Any]:
 @contextmanager
 def _one_line(name: str, mend: str) -> Iterator[None]:
     """Turns the errors of a transformers loader into one InputError, and silences its bars and load reports."""
-    bars = transformers_logging.is_progress_bar_enabled()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with quiet_transformers():
-            yield
+        yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{name}: cannot be loaded ({_first_line(error)}); {mend}") from error
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Errors only, from transformers: its warnings are about uses that are not ours."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +15,11 @@ from transformers import PreTrainedModel
 
 from autointerp.errors import InputError
 from autointerp.evidence.hookpoints import HookPoint, Layout
-from autointerp.evidence.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_TRANSFORMERS = logging.getLogger("transformers.modeling_utils")
 _MUTATES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """LoRA initialisations that write into the base weights, so that switching the adapter off does not give the base."""
 
@@ -42,7 +44,7 @@ class ModelPair(ABC):
     def model(self) -> PreTrainedModel:
         """The base side's modules and config; not for running."""
 
-    @property
+    @cached_property
     def changed_places(self) -> list[tuple[int, str]]:
         """(layer, child of the block) of every changed module, lowest first; see `Layout.place`."""
         return sorted(self.layout.place(module) for module in self.changed_modules)
@@ -96,6 +98,7 @@ class PeftPair(ModelPair):
         if merged := [name for name, layer in named.items() if getattr(layer, "merged", False)]:
             raise InputError(f"the adapter is merged into {merged[0]}: call model.unmerge_adapter() first")
         self._layers = list(named.values())
+        self._evaluation = _Evaluation(self._model)
         self.layout = Layout.of(self._model)
         self.changed_modules = frozenset(name for name, layer in named.items() if has_effect(layer))
 
@@ -105,14 +108,14 @@ class PeftPair(ModelPair):
 
     @contextmanager
     def adapted(self) -> Iterator[PreTrainedModel]:
-        with _evaluating(self._model):
+        with self._evaluation():
             yield self._model
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
         # PeftModel.disable_adapter would do, but asks the status of every layer each time: too slow for once a batch.
         enabled = [layer for layer in self._layers if not layer.disable_adapters]
-        with _evaluating(self._model):
+        with self._evaluation():
             try:
                 for layer in enabled:
                     layer.enable_adapters(False)
@@ -129,6 +132,7 @@ class TwoModels(ModelPair):
         self._base, self._adapted = base, adapted
         self.layout = Layout.of(base)
         self.changed_modules = frozenset(_compared(base, adapted, name))
+        self._evaluations = _Evaluation(base), _Evaluation(adapted)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -136,12 +140,12 @@ class TwoModels(ModelPair):
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
-        with _evaluating(self._base):
+        with self._evaluations[0]():
             yield self._base
 
     @contextmanager
     def adapted(self) -> Iterator[PreTrainedModel]:
-        with _evaluating(self._adapted):
+        with self._evaluations[1]():
             yield self._adapted
 
 
@@ -201,23 +205,35 @@ def _entries(adapters: nn.ModuleDict | nn.ParameterDict, name: str) -> list[Tens
     return [entry] if isinstance(entry, Tensor) else list(entry.parameters())
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module's mode and every parameter's requires_grad are put back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    # PEFT sets requires_grad by its own rules when an adapter is switched on again.
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for module in training:
-        module.training = False
-    try:
-        with quiet_transformers():  # it warns of padding without a mask, which causal models do not need
-            yield
-    finally:
+class _Evaluation:
+    """Eval mode for a while; every module's mode and every parameter's requires_grad are put back afterwards."""
+
+    def __init__(self, model: nn.Module):
+        # Listed once: walking a large model at every batch costs more than the rest of this together.
+        self._modules, self._parameters = list(model.modules()), list(model.parameters())
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        training = [module for module in self._modules if module.training]
+        # PEFT sets requires_grad by its own rules when an adapter is switched on again.
+        flags = [parameter.requires_grad for parameter in self._parameters]
         for module in training:
-            module.training = True
-        for parameter, flag in flags:
-            if parameter.requires_grad != flag:
-                parameter.requires_grad_(flag)
+            module.training = False
+        _TRANSFORMERS.addFilter(_is_not_about_padding)
+        try:
+            yield
+        finally:
+            _TRANSFORMERS.removeFilter(_is_not_about_padding)
+            for module in training:
+                module.training = True
+            for parameter, flag in zip(self._parameters, flags, strict=True):
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
+
+
+def _is_not_about_padding(record: logging.LogRecord) -> bool:
+    """transformers warns of padding without a mask; in a causal model, padding to the right needs none."""
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def _compared(base: PreTrainedModel, adapted: PreTrainedModel, name: str) -> Iterable[str]:
@@ -227,7 +243,9 @@ def _compared(base: PreTrainedModel, adapted: PreTrainedModel, name: str) -> Ite
         raise InputError(
             f"{name}: {alien[0]} is in only one of checkpoint and base: give --base the model it came from"
         )
-    vocabulary = {id(ends.weight) for ends in (base.get_input_embeddings(), base.get_output_embeddings()) if ends is not None}
+    vocabulary = {
+        id(ends.weight) for ends in (base.get_input_embeddings(), base.get_output_embeddings()) if ends is not None
+    }
     for key, weight in ours.items():
         other = theirs[key]
         if weight.shape == other.shape and torch.equal(weight, other):

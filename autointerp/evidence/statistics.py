@@ -141,6 +141,7 @@ class MapMoments:
     def __init__(self, p: int, d: int, n_decoys: int):
         self.n = 0
         self.z = np.zeros(p)
+        self.fired = np.zeros(p, dtype=np.int64)
         self.G = np.zeros((p, p))
         self.B = np.zeros((p, d))
         self.change = np.zeros(d)
@@ -154,6 +155,7 @@ class MapMoments:
         transposed = z.T.tocsr()
         self.n += len(change)
         self.z += np.asarray(z.sum(0)).ravel()
+        self.fired += np.diff(transposed.indptr)
         self.change += change.sum(0, dtype=np.float64)
         self.S += change.T @ change
         d = change.shape[1]
@@ -181,7 +183,7 @@ class MapMoments:
         self.settle()
         other.settle()
         result = MapMoments(0, 0, 0)
-        for name in ("n", "z", "G", "B", "change", "S", "decoy_z", "decoy_B"):
+        for name in ("n", "z", "fired", "G", "B", "change", "S", "decoy_z", "decoy_B"):
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result
 
@@ -252,6 +254,10 @@ class ChangeStatistics:
         for name in ("n_tokens", "base", "adapted", "stream"):
             setattr(result, name, getattr(self, name))
         return result
+
+    def fit_fired(self) -> np.ndarray:
+        """How often each tracked latent fired in the base model on the fit half [p]."""
+        return self.fit.fired
 
     @property
     def static(self) -> np.ndarray:

@@ -31,7 +31,7 @@ _RUN, _END = (
     "\ue000",
     "\ue001",
 )  # stand for our marks until all else is escaped; `quote` shows those of the corpus as \\ue000
-_TAG = re.compile(r"<(\S[^<>]{0,60}?)>")
+_TAG = re.compile(r"<([^\s<>][^<>]{0,60}?)>")
 _CONTROL_TAG = re.compile(r"\[([\ue000\ue001/]*[A-Z][A-Z_\ue000\ue001]{2,})\]")
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥", OPEN: "‹", CLOSE: "›", "\u200b": ""}
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
@@ -106,7 +106,9 @@ def mark(tokens: Sequence[str], fires: Sequence[bool]) -> str:
 
 
 def _break_tags(line: str) -> str:
-    return _CONTROL_TAG.sub(r"⟦\1⟧", _TAG.sub(r"‹\1›", line))
+    while (broken := _CONTROL_TAG.sub(r"⟦\1⟧", _TAG.sub(r"‹\1›", line))) != line:
+        line = broken  # one tag may hold another
+    return line
 
 
 def _visible(char: str) -> str:

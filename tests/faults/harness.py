@@ -20,7 +20,7 @@ from autointerp.store import Store
 
 from .server import Fault, FaultServer, Respond, oracle
 
-KEY = "sk-proj-secret0123456789"
+KEY = "sk-proj-secretXYZZY"
 MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5"}
 QUICK = Retries(first_wait_s=0.002, longest_wait_s=0.02, total_s=5.0)
 
@@ -90,7 +90,9 @@ def says(text: str) -> Respond:
     return lambda system, user: text
 
 
-def planted(latent: int = 7, n: int = 12, word: str = "assert", text: str = "the run of the day is long") -> LatentEvidence:
+def planted(
+    latent: int = 7, n: int = 12, word: str = "assert", text: str = "the run of the day is long"
+) -> LatentEvidence:
     """A latent that fires on one word, with firing and silent contexts in both splits."""
     filler = text.split()
     contexts: list[Context] = []

@@ -126,7 +126,7 @@ def test_a_lasting_fault_fails_the_question_only(tmp_path: Path, fault: Fault, n
 
 STOPS = {
     "401": error(401, f"Incorrect API key provided: {KEY}", code="invalid_api_key"),
-    "401 masked": error(401, "Incorrect API key provided: sk-proj-****6789"),
+    "401 masked": error(401, "Incorrect API key provided: sk-proj-****YZZY"),
     "402": error(402, "pay first", kind="billing_error"),
     "403": error(403, "not for you"),
     "retired": error(404, "The model has been retired", code="model_not_found", kind="not_found_error"),
@@ -150,7 +150,7 @@ def test_the_provider_is_stopped_after_one_call(tmp_path: Path, provider: str, n
 
     shown = str(asyncio.run(run())) + "".join(capfd.readouterr())
     assert "secret" not in shown
-    assert "6789" not in shown
+    assert "YZZY" not in shown
 
 
 @PROVIDERS

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autointerp.errors import InputError
+from autointerp.evidence.hub import snapshot
 from autointerp.registry import Registry
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autointerp.evidence.model_pair import ModelPair
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.model")
 _CHUNK = 1 << 20
 
 
@@ -86,7 +87,7 @@ def local_folder(spec: str | Path) -> Path:
     if folder.exists():
         raise InputError(f"adapter {spec}: is a file; give the folder that holds it")
     if _HUB_ID.fullmatch(str(spec)):
-        return _snapshot(str(spec))
+        return snapshot(str(spec), _PATTERNS, "adapter")
     raise InputError(f"adapter {spec}: no such folder; give --adapter an existing path, or a hub id")
 
 
@@ -100,16 +101,3 @@ def located(name: str | None, folder: Path) -> str | None:
     written = Path(name).expanduser()
     found = next((place for place in (folder.resolve() / written, written) if place.exists()), None)
     return str(found.resolve()) if found else name
-
-
-@lru_cache
-def _snapshot(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.pt", "*.model"]))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"adapter {repo}: no such folder here, and not to be had from the hub ({reason}); give --adapter a path"
-        ) from error

@@ -10,7 +10,7 @@ from autointerp.errors import InputError
 from autointerp.labeling.base import LABELERS, LabelingSettings
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.faults import Terminal
-from autointerp.labeling.llm.provider import Request
+from autointerp.labeling.llm.provider import Planned, Request
 from autointerp.labeling.prompts import Prompts, quote
 from autointerp.labeling.windows import Window, firing_windows, silent_windows
 from autointerp.records import Label, LatentEvidence, Prediction, Write, WriteKind
@@ -18,6 +18,7 @@ from autointerp.records import Label, LatentEvidence, Prediction, Write, WriteKi
 NO_PATTERN = "no clear pattern"
 MAX_WORDS = 8
 MAX_OUTPUT_TOKENS = 320
+TYPICAL_OUTPUT_TOKENS = 95
 
 N_FIRING, N_TOP, N_SILENT, N_PEAKS = 10, 4, 5, 3
 _SHOWN: dict[WriteKind, int] = {"promotes": 6, "suppresses": 5, "raises": 3, "lowers": 3}
@@ -52,6 +53,14 @@ class LLMLabeler:
         self.engine = engine
         self.name = engine.name
         self._prompts = Prompts(settings.prompts_dir)
+
+    @staticmethod
+    def plan(prompts: Prompts, evidence: LatentEvidence) -> list[Planned]:
+        """The question that `label` would ask, for an estimate."""
+        try:
+            return [Planned(explain_request(prompts, evidence), TYPICAL_OUTPUT_TOKENS)]
+        except NoContextsError:
+            return []
 
     async def label(self, evidence: LatentEvidence) -> Label:
         """ok, refused, or failed with what went wrong; an answer that cannot be understood is never a label.
@@ -128,17 +137,16 @@ def _writes(evidence: LatentEvidence) -> list[dict[str, str]]:
         items = [_item(w) for w in writes[:n] if abs(w.weight) >= _SHARE_OF_STRONGEST * strongest]
         if items:
             lines.append(
-                {"what": kind if kind in ("promotes", "suppresses") else f"{kind} latents", "items": ", ".join(items)}
+                {"what": kind if kind in ("promotes", "suppresses") else f"{kind} latents", "targets": ", ".join(items)}
             )
     if evidence.gain is not None and math.isfinite(evidence.gain):
-        lines.append({"what": "own strength", "items": f"{100 * evidence.gain:+.0f} %"})
+        lines.append({"what": "own strength", "targets": f"{100 * evidence.gain:+.0f} %"})
     if evidence.state in ("revived", "silenced"):
-        lines.append({"what": "state", "items": _STATES[evidence.state]})
+        lines.append({"what": "state", "targets": _STATES[evidence.state]})
     elif math.isfinite(evidence.freq_base) and math.isfinite(evidence.freq_adapted):
-        frequencies = (
-            f"{100 * evidence.freq_base:.2g} % in the base model, {100 * evidence.freq_adapted:.2g} % with the adapter"
-        )
-        lines.append({"what": "fires on", "items": f"{frequencies} of all tokens"})
+        base, adapted = 100 * evidence.freq_base, 100 * evidence.freq_adapted
+        frequencies = f"{base:.2g} % of tokens in the base model, {adapted:.2g} % with the adapter"
+        lines.append({"what": "fires on", "targets": frequencies})
     return lines
 
 

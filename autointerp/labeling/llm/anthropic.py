@@ -37,9 +37,11 @@ class AnthropicProvider:
                 raw = await self._ready().messages.with_raw_response.create(**self._body(request))
                 body = await raw.text()
         except Exception as error:
-            # `from None`: the SDK's exception holds the request, and the request the key.
-            raise from_sdk(anthropic, error, optional, self._key) from None
-        return _answer(body, raw.status_code, self.model)
+            fault = from_sdk(anthropic, error, optional, self._key)
+        else:
+            return _answer(body, raw.status_code, self.model)
+        # Out here it carries no context: the SDK's exception holds the request, and the request the key.
+        raise fault
 
     def adapt(self, parameter: str) -> None:
         if parameter == "effort":

@@ -10,13 +10,13 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 from autointerp.labeling.base import CallStore, LabelingSettings
 from autointerp.labeling.llm.answers import read_answer
+from autointerp.labeling.llm.commits import Commits
 from autointerp.labeling.llm.faults import Terminal
 from autointerp.labeling.llm.ledger import Ledger, Spend
 from autointerp.labeling.llm.limits import Limits
@@ -61,7 +61,8 @@ class Engine:
     ):
         self.provider = provider
         self._store = store
-        self._ledger = Ledger(store, provider, settings.run_id, settings.max_usd)
+        self._commits = Commits(store)
+        self._ledger = Ledger(store, self._commits, provider, settings.run_id, settings.max_usd)
         limits = limits or Limits(settings.rpm, settings.tpm)
         self._sender = Sender(provider, self._ledger, limits, settings.concurrency, retries)
         self._opened: asyncio.Task[None] | None = None
@@ -140,6 +141,7 @@ class Engine:
         if answer.finish == "length" and request.max_output_tokens < room:
             # A model that thinks at length does so every time: later questions get the room at once.
             self._roomier.add(purpose)
+            await settled
             request = request.with_room(room)
             answer, settled = await self._sender.send(request, sha256, latent, purpose, attempts)
         try:
@@ -155,7 +157,7 @@ class Engine:
         except _MisfitError as misfit:
             raise Terminal(f"unusable answer from {self.name}, also after a second try: {misfit}") from None
 
-    async def _keep(self, answer: Answer, sha256: str, parse: Parse[T], settled: Future[None]) -> Reply[T]:
+    async def _keep(self, answer: Answer, sha256: str, parse: Parse[T], settled: asyncio.Future[None]) -> Reply[T]:
         """The reply, once it and its cost are committed. A refusal is an answer too, and was paid for."""
         commits = [settled]
         try:
@@ -166,7 +168,7 @@ class Engine:
             commits.append(self._write(answer, sha256))
             raise
         finally:
-            await asyncio.gather(*(asyncio.wrap_future(commit) for commit in commits))
+            await asyncio.gather(*commits)
 
     def _reply(self, answer: Answer, sha256: str, parse: Parse[T], stored: bool) -> Reply[T]:
         """Raises Terminal for a refusal, _MisfitError for what is not an answer to the question."""
@@ -183,7 +185,7 @@ class Engine:
         rows = await asyncio.to_thread(self._store.read, sql, [sha256])
         return Answer(**json.loads(rows[0]["answer"])) if rows else None
 
-    def _write(self, answer: Answer, sha256: str) -> Future[None]:
+    def _write(self, answer: Answer, sha256: str) -> asyncio.Future[None]:
         row = {
             "request_sha256": sha256,
             "provider": self.provider.name,
@@ -191,4 +193,4 @@ class Engine:
             "answer": asdict(answer),
             "created_at": datetime.now(UTC).replace(tzinfo=None),
         }
-        return self._store.upsert("answers", [row])
+        return self._commits.put("answers", row)

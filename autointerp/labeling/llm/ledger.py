@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from autointerp.errors import BudgetError
 from autointerp.labeling.base import CallStore
+from autointerp.labeling.llm.commits import Commits
 from autointerp.labeling.llm.faults import Fault, Terminal
 from autointerp.labeling.llm.provider import Answer, Provider, Request
 from autointerp.records import CallStatus
@@ -58,10 +58,11 @@ class Ledger:
     those in flight to settle for less, and is refused when there is none.
     """
 
-    def __init__(self, store: CallStore, provider: Provider, run_id: str, max_usd: float | None):
+    def __init__(self, store: CallStore, commits: Commits, provider: Provider, run_id: str, max_usd: float | None):
         self.spend = Spend()
         self.max_usd = max_usd
         self._store = store
+        self._commits = commits
         self._provider = provider
         self._run_id = run_id
         self._reserved: dict[str, float] = {}
@@ -109,12 +110,12 @@ class Ledger:
             "started_at": datetime.now(UTC).replace(tzinfo=None),
         }
         try:
-            await asyncio.wrap_future(self._store.upsert("calls", [row]))
+            await self._commits.put("calls", row)
         except BaseException:
             self._free(entry)  # not sent
             raise
 
-    def settle(self, entry: Entry, outcome: Answer | Fault) -> Future[None]:
+    def settle(self, entry: Entry, outcome: Answer | Fault) -> asyncio.Future[None]:
         """Replace the reservation by what the attempt cost. The future resolves when the row is committed.
 
         An attempt that may have been charged without our seeing the usage stays in doubt, at its estimate.
@@ -136,7 +137,7 @@ class Ledger:
             "usd": usd,
             "seconds": time.monotonic() - entry.started,
         }
-        return self._store.upsert("calls", [settled])
+        return self._commits.put("calls", settled)
 
     def _judge(self, entry: Entry, outcome: Answer | Fault) -> tuple[CallStatus, float | None, dict[str, int | None]]:
         """(status, dollars when known, token counts) of one attempt."""

@@ -20,11 +20,15 @@ class Limits:
 
     async def admit(self, tokens: int) -> None:
         """Returns when a request of about `tokens` tokens (input and output) may be sent."""
+        await self._resumed()
         if self._tokens is not None:
             # One request above the whole budget of a minute would wait for ever (ValueError in the bucket).
             await self._tokens.acquire(min(tokens, self._tokens.max_rate))
         if self._requests is not None:
             await self._requests.acquire()
+        await self._resumed()
+
+    async def _resumed(self) -> None:
         while (wait_s := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(wait_s)
 

@@ -37,9 +37,11 @@ class OpenAIProvider:
             async with asyncio.timeout(self.timeout_s):
                 raw = await self._ready().chat.completions.with_raw_response.create(**self._body(request))
         except Exception as error:
-            # `from None`: the SDK's exception holds the request, and the request the key.
-            raise from_sdk(openai, error, (*sorted(self._dispensable), self._cap), self._key) from None
-        return _answer(raw.text, raw.status_code, self.model)
+            fault = from_sdk(openai, error, (*sorted(self._dispensable), self._cap), self._key)
+        else:
+            return _answer(raw.text, raw.status_code, self.model)
+        # Out here it carries no context: the SDK's exception holds the request, and the request the key.
+        raise fault
 
     def adapt(self, parameter: str) -> None:
         if parameter == self._cap:

@@ -62,6 +62,14 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A question that would be asked, and the length of the answer that it would get."""
+
+    request: Request
+    output_tokens: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """What came back, and what it used. Token counts are None when the server did not say."""
 

@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -57,7 +56,7 @@ class Sender:
 
     async def send(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempts: Iterator[int]
-    ) -> tuple[Answer, Future[None]]:
+    ) -> tuple[Answer, asyncio.Future[None]]:
         """The provider's answer, and the commit of what it cost. `attempts` numbers the rows of the ledger.
 
         Raises Terminal, BudgetError, ProviderError or Interrupted.
@@ -69,7 +68,7 @@ class Sender:
             met[kind] += 1
             return met[kind] >= self._retries.attempts[kind] or (state.seconds_since_start or 0) > self._retries.total_s
 
-        async def attempt() -> tuple[Answer, Future[None]]:
+        async def attempt() -> tuple[Answer, asyncio.Future[None]]:
             return await self._attempt(request, sha256, latent, purpose, next(attempts))
 
         retrying = AsyncRetrying(
@@ -83,7 +82,7 @@ class Sender:
 
     async def _attempt(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int
-    ) -> tuple[Answer, Future[None]]:
+    ) -> tuple[Answer, asyncio.Future[None]]:
         entry, alone = await self._unless_stopped(self._admit(request))
         outcome: Answer | Fault = Fault("cancelled", billable=True)
         try:
@@ -103,10 +102,12 @@ class Sender:
                 )
             elif not adapting:
                 self._proven = True
+            if isinstance(outcome, Retry) and outcome.kind == "limit":
+                self._limits.pause(self._capped_s(outcome.wait_s))  # before the slot is free for the next
             self._leave(alone)
         if isinstance(outcome, Answer):
             return outcome, settled
-        await asyncio.wrap_future(settled)
+        await settled
         if adapting:
             self._provider.adapt(str(outcome))
         if self._stopped_by and isinstance(outcome, Stop):
@@ -162,14 +163,13 @@ class Sender:
         fault = _fault(state)
         if fault.kind == "adapt":
             return 0.0
-        longest = self._retries.longest_wait_s
         if fault.wait_s is None:
-            wait_s = min(longest, self._retries.first_wait_s * 2 ** (state.attempt_number - 1)) * random.uniform(0.5, 1)
-        else:
-            wait_s = min(longest, fault.wait_s * random.uniform(1.0, 1.1))
-        if fault.kind == "limit":
-            self._limits.pause(wait_s)
-        return wait_s
+            doubled_s = self._retries.first_wait_s * 2 ** (state.attempt_number - 1)
+            return self._capped_s(doubled_s) * random.uniform(0.5, 1)
+        return self._capped_s(fault.wait_s * random.uniform(1.0, 1.1))
+
+    def _capped_s(self, wait_s: float | None) -> float:
+        return min(self._retries.longest_wait_s, self._retries.first_wait_s if wait_s is None else wait_s)
 
 
 def _fault(state: RetryCallState) -> Retry:

@@ -12,7 +12,7 @@ from typing import Any
 from autointerp.labeling.base import SCORERS, LabelingSettings
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.faults import Terminal
-from autointerp.labeling.llm.provider import Request
+from autointerp.labeling.llm.provider import Planned, Request
 from autointerp.labeling.prompts import Prompts, quote
 from autointerp.labeling.windows import firing_windows, silent_windows
 from autointerp.records import Label, LatentEvidence, Score
@@ -22,6 +22,7 @@ N_EACH = 10
 N_TOP = 3
 PER_CALL = 5
 MAX_OUTPUT_TOKENS = 64
+TYPICAL_OUTPUT_TOKENS = 18
 UNTESTABLE = ("no clear pattern", "no simple rule found")
 """Labels that claim nothing: asking about them would buy noise."""
 Z_95 = 1.959963984540054
@@ -53,6 +54,14 @@ class DetectionScorer:
         self._engine = engine
         self._prompts = Prompts(settings.prompts_dir)
         self._seed = settings.seed
+
+    @staticmethod
+    def plan(prompts: Prompts, evidence: LatentEvidence) -> list[Planned]:
+        """The questions that `score` would ask of a label and of a wrong one, for an estimate."""
+        texts = [example.text for example in examples_of(evidence, seed=0)]
+        batches = [texts[i : i + PER_CALL] for i in range(0, len(texts), PER_CALL)]
+        asked = [detect_request(prompts, "x" * 40, "x" * 160, batch) for batch in batches]
+        return [Planned(request, TYPICAL_OUTPUT_TOKENS) for request in asked] * 2
 
     async def score(self, evidence: LatentEvidence, label: Label, wrong: Label | None) -> Score:
         """`n_examples` windows were judged; `n_missing` more were asked about without a usable answer.

@@ -1,0 +1,133 @@
+"""The change map of one run: fitted, tested and measured on held-out documents, from `ChangeStatistics` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autointerp.evidence import change_map
+from autointerp.evidence.change_map import GainTest, Moments, RowTest
+from autointerp.evidence.statistics import ChangeStatistics
+
+MIN_FIRINGS = 20
+"""A latent that fired less often in the fit half is not tested: its row is mostly ridge."""
+MIN_SIZE = 1e-3
+"""Smallest write that counts, as a share of the root mean square change: below it lie rounding and ridge leaks."""
+
+
+class FittedMap:
+    """Everything that the change map says, computed when first asked for. Latents are numbered as in the dictionary."""
+
+    def __init__(self, statistics: ChangeStatistics, W_dec: Tensor):
+        """W_dec [m, d]."""
+        self.statistics = statistics
+        self.tracked = statistics.tracked
+        self.W_dec = W_dec.detach().double().cpu()
+        static = statistics.static
+        self.fit_half = statistics.fit.moments(static)
+        self.held_half = statistics.held.moments(static)
+        self._index = {int(latent): at for at, latent in enumerate(self.tracked)}
+
+    @cached_property
+    def all_tokens(self) -> Moments:
+        """Both halves: what the reported rows are fitted on."""
+        a, b = self.fit_half, self.held_half
+        return Moments(a.n + b.n, a.G + b.G, a.B + b.B, a.S + b.S)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the change varies with the text at all, beyond rounding."""
+        return self.all_tokens.energy > MIN_SIZE**2 * self.statistics.stream.square_change > 0
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """C [p, d], all rows fitted jointly on all tokens."""
+        return change_map.fit(self.all_tokens)
+
+    @cached_property
+    def r2(self) -> float | None:
+        """Held-out R² of the map with all its latents; None when no document was held out."""
+        if not self.held_half.n or not self.fit_half.n or not self.changed:
+            return None
+        return change_map.explained(self.held_half, range(len(self.tracked)), change_map.fit(self.fit_half))
+
+    @cached_property
+    def size(self) -> np.ndarray:
+        """change [p]: ‖c_j‖ · √E[z_j²], root mean square norm of what the row writes, in residual-norm units."""
+        mean_square = self.all_tokens.G.diagonal() / max(self.all_tokens.n, 1)
+        return (self.rows.norm(dim=1) * mean_square.sqrt()).numpy()
+
+    @cached_property
+    def gains(self) -> np.ndarray:
+        """g [p]: +0.25 means that the latent writes 25 % more along its own direction."""
+        test = GainTest(self.all_tokens, self.W_dec[self.tracked])
+        return test.gains(self.all_tokens).numpy()
+
+    def tests(self, level: float) -> tuple[np.ndarray, np.ndarray]:
+        """(statistic, q-value) [p] of the better of the two tests at `level`; NaN for latents too rare to test.
+
+        Row test and gain test each get half the level, so a q-value is twice the smaller of the two. They see the fit
+        half only, which leaves the held-out figures untouched.
+        """
+        statistic, q = np.full((2, len(self.tracked)), np.nan)
+        tested = self.statistics.fit_fired() >= MIN_FIRINGS
+        if not self.changed or not tested.any():
+            return statistic, q
+        decoys = self.statistics.fit.decoys(self.statistics.static)
+        directions = self.W_dec[self.tracked]
+        results = []
+        for test in (RowTest(self.fit_half.G), GainTest(self.fit_half, directions)):
+            target = test(self.fit_half).numpy()[tested]
+            false = np.stack([test(decoy).numpy()[tested] for decoy in decoys])
+            results.append((target, change_map.q_values(target, false, level / 2)))
+        (row, row_q), (gain, gain_q) = results
+        statistic[tested] = np.where(gain_q < row_q, gain, row)
+        q[tested] = np.minimum(2 * np.minimum(row_q, gain_q), 1.0)
+        return statistic, q
+
+    def passing(self, q: np.ndarray, level: float) -> np.ndarray:
+        """Tracked positions that pass the tests at `level` and write enough to matter."""
+        rms = np.sqrt(self.statistics.stream.square_change / max(self.statistics.n_tokens, 1))
+        return np.flatnonzero((np.nan_to_num(q, nan=1.0) <= level) & (self.size >= MIN_SIZE * rms))
+
+    def pursue(self, candidates: np.ndarray, k: int) -> list[int]:
+        """Up to k tracked positions, greedily, each explaining most of what the ones before it leave (fit half)."""
+        return change_map.pursue(self.fit_half, candidates, k)
+
+    def coverage(self, latents: Sequence[int]) -> list[float]:
+        """Held-out share of Δx explained by the first 1, 2, … of `latents`; those outside the map add nothing."""
+        if not self.held_half.n or not self.fit_half.n:
+            return [float("nan")] * len(latents)
+        curve, rows = [], []
+        for latent in latents:
+            if latent in self._index:
+                rows.append(self._index[latent])
+            fitted = change_map.refit(self.fit_half, rows) if rows else torch.zeros(0, self.statistics.d)
+            curve.append(change_map.explained(self.held_half, rows, fitted) if rows else 0.0)
+        return curve
+
+    def random_coverage(self, k: int, seed: int, draws: int = 5) -> float | None:
+        """Mean held-out coverage of k random live latents: the control that the selection must beat."""
+        live = np.flatnonzero(self.statistics.fit_fired() >= MIN_FIRINGS)
+        if not k or not self.changed or not self.held_half.n or not len(live):
+            return None
+        generator = np.random.default_rng(seed)
+        picks = [generator.choice(live, min(k, len(live)), replace=False) for _ in range(draws)]
+        return float(
+            np.mean([change_map.explained(self.held_half, p, change_map.refit(self.fit_half, p)) for p in picks])
+        )
+
+    def row(self, latent: int) -> Tensor | None:
+        """c_j [d] of a latent, None for one outside the map."""
+        at = self._index.get(latent)
+        return None if at is None else self.rows[at]
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """[p] values of the tracked latents as [m], NaN elsewhere."""
+        out = np.full(self.statistics.m, np.nan)
+        out[self.tracked] = values
+        return out

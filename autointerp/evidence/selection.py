@@ -1,0 +1,135 @@
+"""Selection: which latents to label, in which order, and what the whole run can be trusted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from autointerp.errors import InputError
+from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.stream import Measured
+from autointerp.records import Role
+from autointerp.registry import Registry
+
+UNITS = ("mean_base", "mean_adapted", "freq_base", "freq_adapted", "max_base", "max_adapted", "delta")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a selector says. m latents in the dictionary."""
+
+    latents: list[int]
+    """Selected, best first."""
+    roles: list[Role]
+    change: np.ndarray
+    """Size by which the selector ranks [m], ≥ 0, NaN where it says nothing."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Further columns of `latents`, each [m]."""
+    n_pass: int | None = None
+    """Latents that passed the selector's test; None where it has none."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a selector is asked."""
+
+    fitted: FittedMap
+    top: int
+    fdr: float
+    seed: int
+
+
+class Selector(Protocol):
+    """Chooses latents from the statistics."""
+
+    def __call__(self, question: Question) -> Ranking: ...
+
+
+SELECTORS: Registry[Selector] = Registry("selector", "autointerp.evidence.selectors")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected latents, the table of all latents, and the figures of the run."""
+
+    latents: list[int]
+    roles: list[Role]
+    columns: dict[str, np.ndarray]
+    """Columns of the store's `latents`, each [m]."""
+    figures: dict[str, float | int | None]
+    """Columns of the store's `runs`."""
+    fitted: FittedMap
+
+
+def state_of(fired_base: np.ndarray, fired_adapted: np.ndarray) -> np.ndarray:
+    """live | dead | revived | silenced [m]."""
+    return np.select(
+        [(fired_base == 0) & (fired_adapted == 0), fired_base == 0, fired_adapted == 0],
+        ["dead", "revived", "silenced"],
+        "live",
+    )
+
+
+def select(measured: Measured, fitted: FittedMap, selector: str, top: int, fdr: float, seed: int) -> Selection:
+    """Asks the selector and lays its answer beside what the change map says of every latent."""
+    if not 0 < fdr < 1:
+        raise InputError(f"--fdr {fdr}: give a rate between 0 and 1, e.g. 0.05")
+    ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed))
+    return Selection(
+        latents=ranking.latents,
+        roles=ranking.roles,
+        columns=_columns(measured, fitted, ranking),
+        figures=_figures(measured, fitted, ranking, seed),
+        fitted=fitted,
+    )
+
+
+def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking) -> dict[str, np.ndarray]:
+    statistics = measured.statistics
+    n, m = max(statistics.n_tokens, 1), statistics.m
+    columns: dict[str, np.ndarray] = {
+        "latent": np.arange(m),
+        "state": state_of(statistics.base.fired, statistics.adapted.fired),
+        "change": ranking.change,
+        "selected": np.isin(np.arange(m), ranking.latents),
+    }
+    for side, moments in (("base", statistics.base), ("adapted", statistics.adapted)):
+        columns[f"mean_{side}"] = moments.total / n
+        columns[f"freq_{side}"] = moments.fired / n
+        columns[f"max_{side}"] = moments.largest.astype(np.float64)
+    columns["delta"] = columns["mean_adapted"] - columns["mean_base"]
+    if fitted.changed:
+        columns["gain"] = fitted.spread(fitted.gains)
+        columns["write_size"] = fitted.spread(fitted.rows.norm(dim=1).numpy())
+    columns |= ranking.columns
+    rank, coverage = np.full((2, m), np.nan)
+    rank[ranking.latents] = np.arange(1, len(ranking.latents) + 1)
+    coverage[ranking.latents] = fitted.coverage(ranking.latents)
+    role = np.full(m, None, dtype=object)
+    role[ranking.latents] = ranking.roles
+    return columns | {"rank": rank, "coverage": coverage, "role": role}
+
+
+def _figures(measured: Measured, fitted: FittedMap, ranking: Ranking, seed: int) -> dict[str, float | int | None]:
+    statistics, stream = measured.statistics, measured.statistics.stream
+    n = statistics.n_tokens
+    fvu_base, fvu_adapted = stream.fvu(n)
+    curve = fitted.coverage(ranking.latents)
+    coverage = curve[-1] if curve and not np.isnan(curve[-1]) else None
+    return {
+        "n_docs": measured.n_docs,
+        "n_tokens": n,
+        "fvu_base": fvu_base,
+        "fvu_adapted": fvu_adapted,
+        "delta_fvu": stream.error_change / stream.square_change if stream.square_change else None,
+        "l0_base": float(statistics.base.fired.sum() / max(n, 1)),
+        "l0_adapted": float(statistics.adapted.fired.sum() / max(n, 1)),
+        "static_share": stream.static_share(n),
+        "change_r2": fitted.r2,
+        "coverage": coverage,
+        "random_coverage": fitted.random_coverage(len(ranking.latents), seed),
+        "n_pass": ranking.n_pass,
+        "left_out": measured.left_out,
+    }

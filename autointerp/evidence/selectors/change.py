@@ -1,0 +1,90 @@
+"""`change`, the default: the latents whose firing the adapter's writing hangs on, by the change map.
+
+Rows that pass the tests are chosen greedily (role `read`). A tenth of the places goes to latents that many chosen rows write to,
+or that fire only since the training (role `written`). Where most of the change is the same on every token (bias and steering
+adapters), the latents that the static part is made of get their share (role `static`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+
+from autointerp.evidence.change_map import decompose
+from autointerp.evidence.fitted import MIN_FIRINGS, FittedMap
+from autointerp.evidence.selection import SELECTORS, Question, Ranking
+
+N_TARGETS = 5
+"""Directions read off a row when counting what it writes to."""
+MIN_WRITERS = 3
+"""Rows that must write to a latent before it is selected for that."""
+N_STATIC = 20
+"""Directions that the static part is decomposed into."""
+
+
+@SELECTORS.register("change")
+def change(question: Question) -> Ranking:
+    """The change map's choice: tests at `fdr`, greedy pursuit, then written and static latents; at most `top` in all."""
+    fitted, top = question.fitted, question.top
+    m = fitted.statistics.m
+    static = static_shares(fitted)
+    columns = {"static_share": static}
+    if not fitted.changed:
+        latents = _strongest(static, top if fitted.statistics.stream.square_change else 0)
+        return Ranking(latents, ["static"] * len(latents), np.abs(static) * _static_norm(fitted), columns, 0)
+    statistic, q = fitted.tests(question.fdr)
+    passing = fitted.passing(q, question.fdr)
+    columns |= {"statistic": fitted.spread(statistic), "q_value": fitted.spread(q)}
+    read = [int(fitted.tracked[at]) for at in fitted.pursue(passing, top)]
+    written = _written(fitted, read, top // 10)
+    n_static = _static_places(fitted, top, len(read))
+    read = read[: top - len(written) - n_static]
+    fixed = [latent for latent in _strongest(static, top) if latent not in read + written][:n_static]
+    latents = read + written + fixed
+    roles = ["read"] * len(read) + ["written"] * len(written) + ["static"] * len(fixed)
+    size = np.full(m, np.nan)
+    size[fitted.tracked] = fitted.size
+    return Ranking(latents, roles, size, columns, len(passing))  # pyright: ignore[reportArgumentType]
+
+
+def static_shares(fitted: FittedMap) -> np.ndarray:
+    """c_i = a_i⟨d_i, δ̄⟩/‖δ̄‖² [m] over a sparse decomposition of the static part δ̄; 0 outside it."""
+    shares = np.zeros(fitted.statistics.m)
+    static = torch.from_numpy(fitted.statistics.static)
+    square = float(static.square().sum())
+    if square:
+        for latent, a in decompose(static, fitted.W_dec, N_STATIC):
+            shares[latent] = a * float(fitted.W_dec[latent] @ static) / square
+    return shares
+
+
+def _static_norm(fitted: FittedMap) -> float:
+    return float(np.linalg.norm(fitted.statistics.static))
+
+
+def _strongest(shares: np.ndarray, k: int) -> list[int]:
+    order = np.argsort(-np.abs(shares), kind="stable")[:k]
+    return [int(latent) for latent in order if shares[latent]]
+
+
+def _static_places(fitted: FittedMap, top: int, n_read: int) -> int:
+    """Places for the static part: its share of them where it is the greater part of the change, else none."""
+    share = fitted.statistics.stream.static_share(fitted.statistics.n_tokens)
+    return max(top - n_read, int(top * share)) if share > 0.5 else 0
+
+
+def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
+    """Latents outside `read` that fire only since the training, or that at least MIN_WRITERS rows of `read` write to."""
+    statistics = fitted.statistics
+    revived = np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired >= MIN_FIRINGS))
+    revived = revived[np.argsort(-statistics.adapted.total[revived])]
+    writers: Counter[int] = Counter()
+    for latent in read:
+        row = fitted.row(latent)
+        if row is not None:
+            writers.update(target for target, _ in decompose(row, fitted.W_dec, N_TARGETS, own=latent)[1:])
+    needed = max(MIN_WRITERS, len(read) // 10)
+    hubs = [target for target, n in writers.most_common() if n >= needed]
+    return [latent for latent in dict.fromkeys([*revived.tolist(), *hubs]) if latent not in read][:places]

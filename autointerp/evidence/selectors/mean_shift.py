@@ -1,0 +1,19 @@
+"""`mean-shift`: the difference of two encodings, what most people try first. Kept for comparison: on a real LoRA the
+difference of encodings explains less than nothing of the change (see the documentation on selection)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from autointerp.evidence.selection import SELECTORS, Question, Ranking
+
+
+@SELECTORS.register("mean-shift")
+def mean_shift(question: Question) -> Ranking:
+    """Latents by |mean(z_adapted − z_base)| · ‖d_i‖, in residual-norm units."""
+    statistics = question.fitted.statistics
+    norms = question.fitted.W_dec.norm(dim=1).numpy()
+    change = np.abs(statistics.adapted.total - statistics.base.total) / max(statistics.n_tokens, 1) * norms
+    order = np.argsort(-change, kind="stable")[: question.top]
+    order = order[change[order] > 0]
+    return Ranking(order.tolist(), ["read"] * len(order), change)

@@ -1,0 +1,111 @@
+"""What labelling would cost, before anything is asked: the questions are rendered as they would be, and counted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from autointerp.labeling.base import LABELERS, SCORERS, LabelingSettings, needs_engine, split_spec
+from autointerp.labeling.llm.prices import Price, find_price
+from autointerp.labeling.llm.provider import Planned
+from autointerp.labeling.prompts import Prompts
+from autointerp.records import Context, ContextKind, LatentEvidence, Prediction, Split, Write, WriteKind
+
+BYTES_PER_TOKEN = (4.6, 3.8, 3.0)
+"""Of English and code in current tokenisers: many, typical, few."""
+OUTPUT_SPREAD = (0.7, 1.0, 1.8)
+SECONDS_PER_CALL = (0.8, 4.0)
+_FORMAT_TOKENS = 12
+_CONTEXTS_PER_KIND, _PEAK = 15, 23
+_HINT = "` token`, ` token`"
+_WRITE_KINDS: tuple[tuple[WriteKind, str | None], ...] = (
+    ("promotes", None),
+    ("suppresses", None),
+    ("raises", _HINT),
+    ("lowers", _HINT),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of what is not yet answered; answers that the store holds cost nothing."""
+
+    calls: int
+    input_tokens: int
+    output_tokens: int
+    usd_low: float | None
+    """None when the model has no listed price."""
+    usd_high: float | None
+    seconds_low: float
+    seconds_high: float
+
+
+def estimate(
+    spec: str, latents: int | Sequence[LatentEvidence], scorers: Iterable[str], settings: LabelingSettings
+) -> Estimate:
+    """Calls, tokens, dollars and time to label and score.
+
+    `latents` is the evidence where it stands, or how many latents there will be; then a typical one is
+    counted. Needs no key. InputError for an unknown labeler or scorer.
+    """
+    name, model = split_spec(spec)
+    prompts = Prompts(settings.prompts_dir)
+    askers = [item for item in (LABELERS.get(name), *map(SCORERS.get, scorers)) if needs_engine(item)]
+    planned: list[Planned] = []
+    if askers:
+        counted = [typical_evidence()] if isinstance(latents, int) else latents
+        planned = [plan for item in askers for evidence in counted for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
+        planned *= latents if isinstance(latents, int) else 1
+    price = find_price(model, settings.prices_path) if model else Price(0, 0, 0, 0)
+    low, typical, high = (_tokens(planned, b, o) for b, o in zip(BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True))
+    quick, slow = (_seconds(len(planned), sum(typical), s, settings) for s in SECONDS_PER_CALL)
+    usd_low, usd_high = (price.usd(*low), price.usd(*high)) if price else (None, None)
+    return Estimate(len(planned), *typical, usd_low, usd_high, quick, slow)
+
+
+def _tokens(planned: Sequence[Planned], bytes_per_token: float, output_spread: float) -> tuple[int, int]:
+    """(input, output) tokens of all questions."""
+    n_bytes = sum(len(f"{p.request.system}{p.request.user}".encode()) for p in planned)
+    read = n_bytes / bytes_per_token + _FORMAT_TOKENS * len(planned)
+    return round(read), round(output_spread * sum(p.output_tokens for p in planned))
+
+
+def _seconds(calls: int, tokens: int, seconds_per_call: float, settings: LabelingSettings) -> float:
+    """The slowest of latency, requests per minute and tokens per minute."""
+    by_requests = 60 * calls / settings.rpm if settings.rpm else 0.0
+    by_tokens = 60 * tokens / settings.tpm if settings.tpm else 0.0
+    return max(calls * seconds_per_call / settings.concurrency, by_requests, by_tokens)
+
+
+def typical_evidence() -> LatentEvidence:
+    """As much evidence as the collector gives of one latent, in tokens of average length."""
+    splits: tuple[Split, ...] = ("explain", "score")
+    kinds: tuple[ContextKind, ...] = ("quantile", "silent")
+    places = itertools.product(splits, kinds, range(1, _CONTEXTS_PER_KIND + 1))
+    contexts = tuple(_context(number, *place) for number, place in enumerate(places))
+    writes = tuple(
+        Write(0, kind, 12345 if hint else None, None if hint else " token", 1.0, rank, hint)
+        for kind, hint in _WRITE_KINDS
+        for rank in range(1, 6)
+    )
+    sides: tuple[Literal["base", "adapted"], ...] = ("base", "adapted")
+    predictions = tuple(
+        Prediction(0, context.context_id, side, rank, " token", 0.25)
+        for context in contexts
+        for side in sides
+        for rank in (1, 2, 3)
+    )
+    measured = {"mean_base": 0.1, "mean_adapted": 0.1, "freq_base": 0.01, "freq_adapted": 0.01}
+    return LatentEvidence(
+        "typical", 0, 1, "read", "live", 0.25, 1.0, **measured, max_base=1.0, max_adapted=1.0,
+        contexts=contexts, writes=writes, predictions=predictions,
+    )  # fmt: skip
+
+
+def _context(number: int, split: Split, kind: ContextKind, rank: int) -> Context:
+    """A window of 32 tokens, each window another text; one token fires unless `kind` is silent."""
+    tokens = tuple(f" {number:03d}" if i == _PEAK else " tok" for i in range(32))
+    fires = tuple(float(rank) if i == _PEAK and kind != "silent" else 0.0 for i in range(32))
+    return Context(0, number, kind, rank, split, number, _PEAK, tokens, fires, fires, _PEAK)
