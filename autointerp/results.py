@@ -80,5 +80,11 @@ class Results:
         """The changed latents of this run, by rank, as a pandas DataFrame."""
         return self.sql("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [self.run_id]).df()
 
+    def summary(self) -> dict[str, Any]:
+        """The run's figures and its changed latents: what `--json` prints."""
+        run = self.sql("SELECT * FROM runs WHERE run_id = ?", [self.run_id]).arrow().to_pylist()[0]
+        rows = self.sql("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [self.run_id]).arrow()
+        return {**run, "exit_status": self.exit_status, "latents": rows.to_pylist()}
+
     def __repr__(self) -> str:
         return f"Results({self.path!r}, run_id={self.run_id!r}, exit_status={self.exit_status})"

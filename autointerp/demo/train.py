@@ -50,7 +50,7 @@ class Plan:
     model_batch: int = 16
     sae_steps: int = 2200
     sae_batch: int = 8
-    adapter_steps: int = 600
+    adapter_steps: int = 1100
     adapter_batch: int = 16
     corpus_chars_per_domain: int = 200_000
 

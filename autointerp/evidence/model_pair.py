@@ -75,10 +75,11 @@ class ModelPair(ABC):
 
         InputError where switching the adapter off does not give the base model back.
         """
-        if reason := alters_base(model):
-            raise InputError(
-                f"the adapter in memory {reason}: save it and give its folder to autointerp label --adapter"
-            )
+        for config in (model.peft_config[name] for name in model.active_adapters):
+            if reason := acts_elsewhere(config):
+                raise InputError(f"the adapter in memory {reason}")
+            if reason := alters_base(config):
+                raise InputError(f"the adapter in memory {reason}: save it, and run autointerp label on its folder")
         return PeftPair(model)
 
 
@@ -149,16 +150,17 @@ class TwoModels(ModelPair):
             yield self._adapted
 
 
-def alters_base(model: PeftModel) -> str | None:
-    """Why switching the adapter off does not give the base model, in words; None when it does."""
-    for name in model.active_adapters:
-        config = model.peft_config[name]
-        if reason := config_alters_base(config):
-            return reason
+def acts_elsewhere(config: Any) -> str | None:
+    """Why an adapter with this PEFT config is more than a change of modules, in words; None when it is not."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
+        return f"is of PEFT type {kind}, which adds to the prompt or gates whole adapters and is not supported"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "is an activated LoRA, which acts only after its invocation tokens and is not supported"
     return None
 
 
-def config_alters_base(config: object) -> str | None:
+def alters_base(config: Any) -> str | None:
     """Why an adapter with this PEFT config trains or rewrites the base's own weights; None when it does not."""
     bias, start = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", None)
     if bias != "none":

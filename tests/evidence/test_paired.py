@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -266,3 +266,11 @@ def test_refusals():
     with pytest.raises(InputError, match="unmerge_adapter"):
         ModelPair.from_peft(peft)
     assert resolve("blocks.1.hook_resid_pre", tiny.model("gpt2")).layer == 1
+
+
+def test_adapters_in_memory_that_do_more_than_change_modules():
+    with pytest.raises(InputError, match="activated LoRA"):
+        ModelPair.from_peft(tiny.add_lora(tiny.model("gpt2"), [1], alora_invocation_tokens=[1, 2]))
+    prompt = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="PROMPT_TUNING"):
+        ModelPair.from_peft(get_peft_model(tiny.model("gpt2"), prompt))  # pyright: ignore[reportArgumentType]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -88,6 +91,39 @@ def word(answer: dict[str, Any]) -> str:
 
 def says(text: str) -> Respond:
     return lambda system, user: text
+
+
+CHILD = """
+import asyncio, sys
+from pathlib import Path
+from faults.harness import question, word
+from autointerp.labeling.base import LabelingSettings
+from autointerp.labeling.llm.engine import Engine
+from autointerp.labeling.llm.provider import make_provider
+from autointerp.store import Store
+
+async def ask(engine, i):
+    reply = await engine.ask(question(i), word, latent=i, purpose="label")
+    print(i, reply.value, reply.stored, flush=True)
+
+async def run():
+    with Store.open(Path(sys.argv[1]) / "store.duckdb") as store:
+        settings = LabelingSettings("run", concurrency=4)
+        engine = Engine(make_provider("openai", "gpt-6-luna", settings), store, settings)
+        await asyncio.gather(*(ask(engine, i) for i in range(int(sys.argv[2]))))
+        await engine.aclose()
+
+asyncio.run(run())
+"""
+
+
+async def start_child(folder: Path, n: int) -> asyncio.subprocess.Process:
+    """Another process that asks questions 0 … n−1 with the store in `folder`, and the endpoint of the environment."""
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-c", CHILD, str(folder), str(n), env=environment, stdout=asyncio.subprocess.PIPE
+    )
 
 
 def planted(

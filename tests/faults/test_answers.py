@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from autointerp.labeling.llm.faults import Terminal
+from autointerp.labeling.llm.openai import OpenAIProvider
 
-from .harness import KEY, MODELS, bench, question, says, word
+from .harness import KEY, MODELS, bench, question, says, start_child, word
 from .server import Fault, error
 
 GOOD = json.dumps({"word": "yes"})
@@ -57,6 +56,18 @@ def test_the_schema_and_the_cap_are_sent(tmp_path: Path, provider: str):
     asyncio.run(run())
 
 
+def test_what_openai_itself_is_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    provider = OpenAIProvider("gpt-6-luna", KEY, None, 1.0)
+    body = provider._body(question())
+    assert (body["max_completion_tokens"], body["reasoning_effort"]) == (50, "none")
+    provider.adapt("reasoning_effort")
+    provider.adapt("max_completion_tokens")
+    provider.adapt("max_completion_tokens")  # a second refusal of a question that was already on its way
+    body = provider._body(question())
+    assert (body["max_tokens"], "reasoning_effort" in body) == (50, False)
+
+
 def test_identical_questions_in_flight_share_one_call(tmp_path: Path):
     async def run():
         async with bench(tmp_path, respond=says(GOOD), latency_s=0.02) as b:
@@ -84,39 +95,14 @@ def test_an_answer_is_never_paid_for_again(tmp_path: Path):
     asyncio.run(run())
 
 
-CHILD = """
-import asyncio, sys
-from pathlib import Path
-from faults.harness import bench, question, word
-from autointerp.labeling.base import LabelingSettings
-from autointerp.labeling.llm.engine import Engine
-from autointerp.labeling.llm.provider import make_provider
-from autointerp.store import Store
-
-async def run():
-    with Store.open(Path(sys.argv[1]) / "store.duckdb") as store:
-        settings = LabelingSettings("child")
-        engine = Engine(make_provider("openai", "gpt-6-luna", settings), store, settings)
-        reply = await engine.ask(question(), word, latent=0, purpose="label")
-        print(reply.value, reply.stored)
-        await engine.aclose()
-
-asyncio.run(run())
-"""
-
-
 def test_nor_by_another_process(tmp_path: Path):
     async def run():
         async with bench(tmp_path, respond=says(GOOD)) as b:
             await b.engine.ask(question(), word, latent=0, purpose="label")
             b.store.close()
-            here = Path(__file__).parent
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parents[1])])}
-            child = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", CHILD, str(tmp_path), env=environment, stdout=asyncio.subprocess.PIPE
-            )
+            child = await start_child(tmp_path, n=1)
             output, _ = await child.communicate()
-            assert output.decode().split() == ["yes", "True"]
+            assert output.decode().split() == ["0", "yes", "True"]
             assert len(b.server.requests) == 1
 
     asyncio.run(run())
@@ -133,22 +119,19 @@ def test_prose_around_the_json_is_salvaged(tmp_path: Path):
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("bad", ['{"word": 3}', "I would rather not say.", '{"word": "ye', '["yes"]'])
-def test_an_answer_that_does_not_fit_is_repaired_once(tmp_path: Path, bad: str):
+def test_an_answer_that_does_not_fit_is_repaired_once(tmp_path: Path):
     async def run():
-        async with bench(tmp_path, [Fault(text=bad)], respond=says(GOOD)) as b:
-            reply = await b.engine.ask(question(), word, latent=0, purpose="label")
-            assert reply.value == "yes"
-            assert [message["role"] for message in b.server.requests[1]["messages"]] == [
-                "system",
-                "user",
-                "assistant",
-                "user",
-            ]
-            assert b.statuses() == ["ok", "ok"]
-            assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
-            again = await b.engine.ask(question(), word, latent=0, purpose="label")
-            assert again.stored
+        async with bench(tmp_path, respond=says(GOOD)) as b:
+            for i, bad in enumerate(['{"word": 3}', "I would rather not say.", '{"word": "ye', '["yes"]']):
+                b.server.plan.append(Fault(text=bad))
+                reply = await b.engine.ask(question(i), word, latent=i, purpose="label")
+                assert reply.value == "yes"
+                roles = [message["role"] for message in b.server.requests[-1]["messages"]]
+                assert roles == ["system", "user", "assistant", "user"]
+                assert len(b.server.requests) == 2 * (i + 1)
+                assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
+                assert (await b.engine.ask(question(i), word, latent=i, purpose="label")).stored
+            assert b.statuses() == ["ok"] * 8
 
     asyncio.run(run())
 

@@ -7,6 +7,7 @@ import json
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,9 @@ from autointerp.labeling.llm.faults import Interrupted
 from autointerp.labeling.llm.limits import Limits
 from autointerp.labeling.llm.prices import find_price
 from autointerp.labeling.llm.provider import make_provider
+from autointerp.store import Store, StoreError
 
-from .harness import bench, question, says, word
+from .harness import bench, question, says, start_child, word
 from .server import Fault
 
 GOOD = json.dumps({"word": "yes"})
@@ -71,6 +73,50 @@ def test_calls_of_a_killed_process_are_in_doubt(tmp_path: Path):
             await b.engine.ask(question(), word, latent=0, purpose="label")
             assert b.store.read("SELECT status FROM calls WHERE call_id = 'lost'") == [{"status": "in_doubt"}]
             assert b.engine.spend.usd_in_doubt == 0.25
+
+    asyncio.run(run())
+
+
+def test_after_a_kill_only_what_was_in_flight_is_asked_again(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), latency_s=0.03) as b:
+            b.store.close()
+            child = await start_child(tmp_path, n=40)
+            while len(b.server.requests) < 17:
+                await asyncio.sleep(0.001)
+            child.kill()
+            output, _ = await child.communicate()
+            acknowledged = {int(line.split()[0]) for line in output.decode().splitlines()}
+            before = len(b.server.requests)
+            async with bench(tmp_path, server=b.server, concurrency=4) as again:
+                asks = [again.engine.ask(question(i), word, latent=i, purpose="label") for i in range(40)]
+                replies = await asyncio.gather(*asks)
+                in_doubt = again.statuses().count("in_doubt")
+            assert all(replies[i].stored for i in acknowledged)
+            repeats = len(b.server.requests) - 40
+            assert 0 < before < 40
+            assert 0 <= repeats <= in_doubt <= 4
+
+    asyncio.run(run())
+
+
+def test_a_store_that_fails_stops_the_spending(tmp_path: Path):
+    class Full(Store):
+        full = False
+
+        def upsert(self, table: str, rows: Any) -> Any:
+            if self.full:
+                raise StoreError("the disk is full")
+            return super().upsert(table, rows)
+
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD)) as b:
+            b.store.__class__ = Full
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            b.store.full = True  # type: ignore[attr-defined]
+            asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(1, 5)]
+            assert {type(e) for e in await asyncio.gather(*asks, return_exceptions=True)} == {StoreError}
+            assert len(b.server.requests) == 1
 
     asyncio.run(run())
 

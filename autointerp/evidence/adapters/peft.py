@@ -59,13 +59,13 @@ class PeftFormat(AdapterFormat):
 
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
         from autointerp.evidence.loading import load_causal_lm
-        from autointerp.evidence.model_pair import PeftPair, TwoModels, config_alters_base
+        from autointerp.evidence.model_pair import PeftPair, TwoModels, alters_base
 
         folder = local_folder(spec)
         config = _config(folder)
         model = load_causal_lm(base, dtype=dtype, device=device)
         peft = _attached(model, folder, base)
-        if config_alters_base(config) is None:
+        if alters_base(config) is None:
             return PeftPair(peft)
         # Switched off, such an adapter leaves weights that are not the base's; merged, it is a checkpoint like any.
         merged = peft.merge_and_unload()
@@ -98,6 +98,8 @@ def _config(folder: Path) -> PeftConfig:
     """The adapter's config; InputError for types that change no module, or that run only inside PeftModel.forward."""
     from peft import PeftConfig
 
+    from autointerp.evidence.model_pair import acts_elsewhere
+
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError) as error:
@@ -105,14 +107,8 @@ def _config(folder: Path) -> PeftConfig:
         raise InputError(
             f"adapter {folder}: {CONFIG} is not one that this peft reads ({reason}); update peft"
         ) from error
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if config.is_prompt_learning or config.is_adaption_prompt or kind == "XLORA":
-        raise InputError(
-            f"adapter {folder}: PEFT type {kind} adds to the prompt or gates whole adapters, it changes no modules,"
-            " and is not supported: give a LoRA-like adapter or a checkpoint"
-        )
-    if getattr(config, "alora_invocation_tokens", None):
-        raise InputError(f"adapter {folder}: an activated LoRA acts only after its invocation tokens; not supported")
+    if reason := acts_elsewhere(config):
+        raise InputError(f"adapter {folder} {reason}: give a LoRA-like adapter, or a checkpoint")
     return config
 
 

@@ -7,7 +7,6 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from autointerp.errors import BudgetError
 from autointerp.labeling.base import CallStore
@@ -16,7 +15,9 @@ from autointerp.labeling.llm.faults import Fault, Terminal
 from autointerp.labeling.llm.provider import Answer, Provider, Request
 from autointerp.records import CallStatus
 
-_PROCESS_STARTED = datetime.now(UTC).replace(tzinfo=None)
+_on_their_way: set[str] = set()
+"""Attempts of this process that are `sent` and not settled. One process writes a store, so all others that are `sent`
+in it were lost with theirs."""
 _ROUNDING_USD = 1e-12
 
 _TOTALS = """
@@ -109,10 +110,12 @@ class Ledger:
             "attempt": attempt,
             "started_at": datetime.now(UTC).replace(tzinfo=None),
         }
+        _on_their_way.add(entry.call_id)
         try:
             await self._commits.put("calls", row)
         except BaseException:
             self._free(entry)  # not sent
+            _on_their_way.discard(entry.call_id)
             raise
 
     def settle(self, entry: Entry, outcome: Answer | Fault) -> asyncio.Future[None]:
@@ -137,7 +140,9 @@ class Ledger:
             "usd": usd,
             "seconds": time.monotonic() - entry.started,
         }
-        return self._commits.put("calls", settled)
+        committed = self._commits.put("calls", settled)
+        committed.add_done_callback(lambda _: _on_their_way.discard(entry.call_id))
+        return committed
 
     def _judge(self, entry: Entry, outcome: Answer | Fault) -> tuple[CallStatus, float | None, dict[str, int | None]]:
         """(status, dollars when known, token counts) of one attempt."""
@@ -165,10 +170,7 @@ class Ledger:
         self._freed = asyncio.Event()
 
     def _adopt_orphans(self) -> None:
-        # One process writes a store: what is older than this one and still `sent` was lost with its process.
-        orphans: list[dict[str, Any]] = self._store.read(
-            "SELECT call_id FROM calls WHERE status = 'sent' AND started_at < ?", [_PROCESS_STARTED]
-        )
+        sent = self._store.read("SELECT call_id FROM calls WHERE status = 'sent'")
+        orphans = [row["call_id"] for row in sent if row["call_id"] not in _on_their_way]
         if orphans:
-            rows = [{"call_id": row["call_id"], "status": "in_doubt"} for row in orphans]
-            self._store.upsert("calls", rows).result()
+            self._store.upsert("calls", [{"call_id": lost, "status": "in_doubt"} for lost in orphans]).result()

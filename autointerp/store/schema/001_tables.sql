@@ -30,7 +30,7 @@ CREATE TABLE runs (
     coverage DOUBLE,             -- held-out share of Δx explained by the selected latents
     random_coverage DOUBLE,      -- the same for as many random latents
     n_pass INTEGER,              -- latents that passed the tests
-    left_out DOUBLE,             -- share of tokens left out for their norm
+    left_out DOUBLE,             -- share of the change that screening leaves outside the map
     settings JSON,
     versions JSON,
     created_at TIMESTAMP,

@@ -1,0 +1,303 @@
+"""The command line: parse, call, render. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from autointerp import __version__
+from autointerp.errors import AutointerpError, InputError
+
+if TYPE_CHECKING:
+    from autointerp.pipeline import Job
+    from autointerp.results import Results
+
+DEFAULT_DB = "results/autointerp.duckdb"
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_DB = click.option("--db", type=click.Path(path_type=Path), default=DEFAULT_DB, help="The DuckDB store.")
+_RUN_ID = click.option("--run-id", help="A run of the store, by its id or the beginning of one.  [default: the newest]")
+_RUN = _options(
+    click.option("--run", "path", type=click.Path(path_type=Path), required=True, help="Run directory, or its run.yaml."),
+    click.option("--base", help="Base model: path or hub id.  [default: what the adapter names]"),
+    click.option("--adapter", help="Adapter: path or hub id.  [default: the run directory]"),
+    click.option("--sae", help="SAE: a local folder, or a SAELens release/sae_id."),
+    click.option("--hook", help="Hook point.  [default: what the SAE's config says]"),
+    click.option("--corpus", help=".jsonl, .parquet, .txt, a folder of them, a saved dataset, or a hub id."),
+    click.option("--text-column", help="Column of the text, or of chat messages.  [default: text]"),
+    click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
+    click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
+    click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]"),
+    click.option("--selector", multiple=True, help="change, mean-shift, random.  [default: change]"),
+    click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),
+    click.option("--device", help="cpu, cuda, …  [default: a GPU where there is one]"),
+    click.option("--dtype", help="float32, bfloat16, float16.  [default: float32]"),
+    click.option("--seed", type=click.IntRange(min=0), help="Of document order, sampling and decoys.  [default: 0]"),
+    click.option("--scratch", type=click.Path(path_type=Path), help="Folder for large temporary files."),
+    _DB,
+    click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on standard output."),
+    click.option("--quiet", is_flag=True, help="No progress, no table."),
+)
+_LABELING = _options(
+    click.option("--labeler", help="lexical, openai:MODEL, anthropic:MODEL.  [default: lexical]"),
+    click.option("--scorer", multiple=True, help="rule, detection.  [default: the labeler's own]"),
+    click.option("--max-usd", type=float, help="Never spend more than this on the run."),
+    click.option("--rpm", type=int, help="Requests per minute."),
+    click.option("--tpm", type=int, help="Tokens per minute."),
+    click.option("--concurrency", type=int, default=8, help="Requests in flight."),
+    click.option("--prompts", type=click.Path(path_type=Path), help="Folder whose templates replace the package's."),
+    click.option("--prices", type=click.Path(path_type=Path), help="JSON file of model prices to add or replace."),
+    click.option("--dry-run", is_flag=True, help="Say what it would do and cost; spend nothing."),
+    click.option("--yes", is_flag=True, help="Do not ask before spending money."),
+)
+_RUN_KEYS = (
+    "base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
+    "dtype", "seed", "scratch",
+)  # fmt: skip
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="autointerp")
+def cli() -> None:
+    """What did the training change? Labels for the SAE latents that an adapter changed."""
+
+
+@cli.command()
+@_RUN
+@_LABELING
+def label(**options: Any) -> int:
+    """Select the latents that carry the change, collect their contexts, label and score them."""
+    job = _job(options)
+    if options["dry_run"]:
+        return _dry_run(job, options["as_json"])
+    _confirm(job, options)
+    return _finish(_run(job, options), options)
+
+
+@cli.command()
+@_RUN
+def select(**options: Any) -> int:
+    """The change statistics and the selection only: no contexts, no labels."""
+    from dataclasses import replace
+
+    return _finish(_run(replace(_job(options), select_only=True), options), options)
+
+
+@cli.command()
+@click.argument("sql")
+@_DB
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json", "parquet"]), default="table")
+@click.option("--out", type=click.Path(path_type=Path), help="Write here instead of standard output.")
+def query(sql: str, db: Path, form: str, out: Path | None) -> int:
+    """Read-only SQL over the store; works while a job is writing it. Start with: select * from changed_latents"""
+    from autointerp.show import query_table
+    from autointerp.store.query import run_query
+
+    query_table(run_query(db, sql), form, out)  # pyright: ignore[reportArgumentType]
+    return 0
+
+
+@cli.command()
+@click.argument("latent", type=int, required=False)
+@_DB
+@_RUN_ID
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one object a latent.")
+def show(latent: int | None, db: Path, run_id: str | None, as_json: bool) -> int:
+    """The labelled latents as a table; with LATENT, that one with its contexts."""
+    from autointerp import show as render
+    from autointerp.store import Store
+    from autointerp.store.export import latent_objects
+
+    with Store.open(db, "read") as store:
+        wanted = store.run_id(run_id)
+        if as_json:
+            for item in latent_objects(store, wanted):
+                if latent is None or item["latent"] == latent:
+                    click.echo(json.dumps(item, default=str))
+        elif latent is None:
+            render.table(store, wanted)
+        else:
+            render.latent(store, latent, wanted)
+    return 0
+
+
+@cli.command()
+@click.option("--format", "form", default="jsonl", help="parquet or jsonl.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
+@_DB
+@_RUN_ID
+@click.option("--force", is_flag=True, help="Overwrite what is there.")
+def export(form: str, out: Path, db: Path, run_id: str | None, force: bool) -> int:
+    """Hand the labels on."""
+    from autointerp.store.export import export as write
+
+    click.echo(str(write(db, form, out, run_id, force)))  # pyright: ignore[reportArgumentType]
+    return 0
+
+
+@cli.command()
+@_DB
+@_LABELING
+@click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]")
+@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on standard output.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+def demo(**options: Any) -> int:
+    """The whole job on the model, SAE, adapter and corpus inside the package: no network, no key."""
+    from autointerp.demo import ORGANISM
+
+    options = {"path": ORGANISM, "selector": (), **options}
+    job = _job(options)
+    if options["dry_run"]:
+        return _dry_run(job, options["as_json"])
+    _confirm(job, options)
+    status = _finish(_run(job, options), options)
+    if not options["quiet"] and not options["as_json"]:
+        click.echo(_NEXT.format(db="" if str(job.db) == DEFAULT_DB else f" --db {job.db}"))
+    return status
+
+
+_NEXT = """
+Next:
+  autointerp show LATENT{db}             one latent, with the contexts it fires in
+  autointerp query "select latent, label, effect from changed_latents order by rank"{db}
+  autointerp label --run YOUR_ADAPTER --sae SAE --corpus TEXTS.jsonl
+"""
+
+
+def _job(options: dict[str, Any]) -> Job:
+    from autointerp.pipeline import Job
+    from autointerp.run import Run
+
+    flags = {key: options.get(key) for key in _RUN_KEYS}
+    run = Run.load(options["path"], selector=options["selector"] or None, **flags)
+    labeling = {
+        "max_usd": options.get("max_usd"),
+        "rpm": options.get("rpm"),
+        "tpm": options.get("tpm"),
+        "concurrency": options.get("concurrency"),
+        "prompts_dir": options.get("prompts"),
+        "prices_path": options.get("prices"),
+    }
+    return Job(
+        run,
+        db=options["db"],
+        labeler=options.get("labeler") or "lexical",
+        scorers=tuple(options.get("scorer") or ()),
+        labeling={key: value for key, value in labeling.items() if value is not None},
+    )
+
+
+def _run(job: Job, options: dict[str, Any]) -> Results:
+    import asyncio
+
+    from autointerp.pipeline import alabel
+    from autointerp.progress import BarReporter, Reporter
+
+    _quiet_libraries()
+    shown = not options["quiet"] and not options["as_json"]
+    return asyncio.run(alabel(job, reporter=BarReporter() if shown else Reporter()))
+
+
+def _finish(results: Results, options: dict[str, Any]) -> int:
+    if options["as_json"]:
+        click.echo(json.dumps(results.summary(), default=str))
+    elif not options["quiet"] and results.status is not None:
+        from autointerp.show import table
+        from autointerp.store import Store
+
+        with Store.open(results.path, "read") as store:
+            table(store, results.run_id)
+    return results.exit_status
+
+
+def _dry_run(job: Job, as_json: bool) -> int:
+    from autointerp.pipeline import estimate_job
+
+    plan = estimate_job(job)
+    if as_json:
+        click.echo(json.dumps(plan))
+    else:
+        dollars = "no listed price: give --prices"
+        if plan["usd_high"] is not None:
+            dollars = f"${plan['usd_low']:.4f} – ${plan['usd_high']:.4f}"
+        click.echo(
+            f"{plan['latents']} latents, {plan['calls']} calls to {job.labeler},"
+            f" {plan['input_tokens']} + {plan['output_tokens']} tokens, {dollars},"
+            f" {plan['seconds_low']:.0f} – {plan['seconds_high']:.0f} s of calls. Nothing was spent."
+        )
+    return 0
+
+
+def _confirm(job: Job, options: dict[str, Any]) -> None:
+    """Before money is spent at a terminal, say how much; scripts and --yes are not asked."""
+    if options["yes"] or options["quiet"] or options["as_json"] or ":" not in job.labeler or not sys.stdin.isatty():
+        return
+    from autointerp.labeling.base import check_labeler
+    from autointerp.pipeline import estimate_job
+
+    check_labeler(job.labeler, job.settings("?"))
+    plan = estimate_job(job)
+    cost = "an unknown amount" if plan["usd_high"] is None else f"${plan['usd_low']:.2f} – ${plan['usd_high']:.2f}"
+    if not click.confirm(f"{plan['calls']} calls to {job.labeler}, {cost}. Go on?", default=True, err=True):
+        raise SystemExit(0)
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and warnings would tear ours; errors still come through as exceptions."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "sae_lens", "datasets", "httpx", "asyncio", "transformer_lens"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: every ending is an exit status of the contract, every error of a user one line."""
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """The command in `args`; its exit status."""
+    try:
+        return cli.main(args=args, prog_name="autointerp", standalone_mode=False) or 0
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "autointerp"
+        return _fail(InputError(f"{error.format_message()} (see {command} --help)"))
+    except AutointerpError as error:
+        return _fail(error)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # the reader went away: nobody is left to tell
+        return 0
+
+
+def _fail(error: AutointerpError) -> int:
+    click.echo(f"autointerp: {error}", err=True)
+    return error.exit_status

@@ -1,0 +1,115 @@
+"""One pass over a real corpus kept in memory, and the same tokens with a change of our own in place of the adapter's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+
+from autointerp.evidence.corpus import Corpus, open_corpus
+from autointerp.evidence.dictionaries.base import Dictionary, load_dictionary
+from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.paired import PairedModel
+from autointerp.evidence.screening import Screen
+from autointerp.evidence.spool import Spool
+from autointerp.evidence.statistics import ChangeStatistics, PairedCodes
+from autointerp.evidence.stream import Measured, measure, to_codes
+from autointerp.run import Run
+
+CHUNK = 8192
+"""Tokens added at a time."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The counted tokens of one pass, in the order of the pass. n tokens, d residual width, m latents."""
+
+    model: PairedModel
+    dictionary: Dictionary
+    measured: Measured
+    """What the pass itself left; its spool is open."""
+    z: csr_matrix
+    """Base codes [n, m]."""
+    x_base: np.ndarray
+    """[n, d]."""
+    change: np.ndarray
+    """Real Δx [n, d]."""
+    order: np.ndarray
+    """Index of each token's document in the shuffled corpus [n]."""
+    position: np.ndarray
+    """Index of each token in its document [n]."""
+
+    @property
+    def W_dec(self) -> np.ndarray:
+        return self.dictionary.W_dec.float().cpu().numpy()
+
+    @property
+    def noise(self) -> np.ndarray:
+        """The real Δx rolled by a third of the tokens: realistic in every way, but for what it hangs on [n, d]."""
+        return np.roll(self.change, len(self.change) // 3, axis=0)
+
+    def rate(self) -> np.ndarray:
+        """Share of tokens at which each latent fires in the base model [m]."""
+        return np.diff(self.z.tocsc().indptr) / len(self.change)
+
+    def statistics(self, change: np.ndarray, tracked: np.ndarray | None = None, seed: int = 0) -> ChangeStatistics:
+        """The statistics of this text had the adapter written `change` [n, d]; the adapted side is encoded anew."""
+        m, d = self.dictionary.W_dec.shape
+        tracked = np.arange(m) if tracked is None else tracked
+        statistics = ChangeStatistics(m, d, tracked, seed)
+        W_dec, b_dec = self.W_dec, self.dictionary.b_dec.float().cpu().numpy()
+        for begin in range(0, len(change), CHUNK):
+            at = slice(begin, begin + CHUNK)
+            x_adapted = (self.x_base[at] + change[at]).astype(np.float32)
+            codes = PairedCodes(
+                base=self.z[at],
+                adapted=to_codes(self.dictionary, torch.from_numpy(x_adapted)),
+                x_base=self.x_base[at],
+                x_adapted=x_adapted,
+                order=self.order[at],
+                position=self.position[at],
+            )
+            statistics.add(codes, W_dec, b_dec)
+        return statistics
+
+    def fitted(self, change: np.ndarray, seed: int = 0) -> FittedMap:
+        """The change map of `statistics(change)`."""
+        return FittedMap(self.statistics(change, seed=seed), self.dictionary.W_dec)
+
+
+def record(run: Run, max_tokens: int, scratch: Path | None = None, seed: int = 0) -> Recording:
+    """Runs the whole pass of `run` over at most `max_tokens` tokens and keeps every counted token of it."""
+    dictionary = load_dictionary(run.sae)
+    hook, base, corpus_path = run.with_hook(dictionary.hook).hook, run.base, run.corpus
+    if hook is None or base is None or corpus_path is None:
+        raise ValueError(f"run {run.path} lacks a hook, a base or a corpus")
+    model = PairedModel.load(run.adapter, base, hook)
+    corpus = Corpus(
+        open_corpus(corpus_path, run.text_column),
+        model.tokenizer,
+        run.context_length,
+        dictionary.prepend_bos,
+        max_tokens,
+        seed,
+    )
+    m, d = dictionary.W_dec.shape
+    spool = Spool(d, model.dtype, scratch)
+    measured = measure(model, dictionary, corpus, Screen(m, d, max_tokens), spool)
+    stretch = spool.read(np.arange(len(spool)))
+    counted = stretch.counted
+    lengths = np.diff(stretch.bounds)
+    starts = np.array([spool.place(s)[2] for s in range(len(spool))])
+    x_base = stretch.x_base[torch.from_numpy(counted)].float()
+    return Recording(
+        model=model,
+        dictionary=dictionary,
+        measured=measured,
+        z=to_codes(dictionary, x_base),
+        x_base=x_base.numpy(),
+        change=(stretch.x_adapted[torch.from_numpy(counted)].float() - x_base).numpy(),
+        order=np.repeat(spool.orders, lengths)[counted],
+        position=(np.repeat(starts - stretch.bounds[:-1], lengths) + np.arange(len(counted)))[counted],
+    )
