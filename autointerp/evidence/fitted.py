@@ -63,9 +63,13 @@ class FittedMap:
 
     @cached_property
     def gains(self) -> np.ndarray:
-        """g [p]: +0.25 means that the latent writes 25 % more along its own direction."""
-        test = GainTest(self.all_tokens, self.W_dec[self.tracked])
-        return test.gains(self.all_tokens).numpy()
+        """g_j = ⟨c_j, d_j⟩/‖d_j‖² [p]: +0.25 means that the latent writes 25 % more along its own direction.
+
+        Read off the row, not off the whitened regression of the gain test: whitening finds small gains, but weighs the
+        direction by where nothing else changes, and so says little of how much a latent's own use grew or faded.
+        """
+        directions = self.W_dec[self.tracked]
+        return ((self.rows * directions).sum(1) / directions.square().sum(1).clamp_min(1e-30)).numpy()
 
     def tests(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """(statistic, q-value) [p] of the better of the two tests at `level`; NaN for latents too rare to test.
@@ -125,6 +129,14 @@ class FittedMap:
         """c_j [d] of a latent, None for one outside the map."""
         at = self._index.get(latent)
         return None if at is None else self.rows[at]
+
+    def rows_of(self, latents: Sequence[int]) -> dict[int, Tensor]:
+        """c_j [d] of each latent of the map among `latents`, fitted jointly for these alone: the k-row map whose coverage is
+        reported, in which each row also carries what it shares with latents left out."""
+        kept = [latent for latent in latents if latent in self._index]
+        if not kept or not self.changed:
+            return {}
+        return dict(zip(kept, change_map.refit(self.all_tokens, [self._index[j] for j in kept]), strict=True))
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """[p] values of the tracked latents as [m], NaN elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,6 @@ N_TOKENS = 10
 N_STATES = 32
 """Firing tokens over which the change of log-probabilities is averaged."""
 HINT_TOKENS = 3
-FLOOR = 1e-4
-"""Tokens less probable than this on average, before and after, are not shown: their ratios mean nothing to a reader."""
 
 
 def read_rows(
@@ -36,11 +35,12 @@ def read_rows(
     decode: Callable[[int], str],
 ) -> list[Write]:
     """The `writes` of the selected latents; none for latents outside the map or with no row. Tokens only at residual-stream hooks."""
-    kept = [latent for latent in latents if fitted.row(latent) is not None and fitted.changed]
+    rows = fitted.rows_of(latents)
+    kept = list(rows)
     if not kept:
         return []
     strength = mean_firing(fitted)
-    targets = {j: decompose(_row(fitted, j), fitted.W_dec, N_LATENTS, own=j)[1:] for j in kept}
+    targets = {j: decompose(rows[j], fitted.W_dec, N_LATENTS, own=j)[1:] for j in kept}
     hints = _hints(sorted({t for pairs in targets.values() for t, _ in pairs}), model, dictionary, decode)
     states = firing_states(spool, dictionary, kept) if model.hook.on_stream else {}
     writes: list[Write] = []
@@ -48,15 +48,8 @@ def read_rows(
         writes += _latent_writes(j, [(t, a * strength[j]) for t, a in targets[j]], hints)
         if j in states:
             x, z = states[j]
-            writes += _token_writes(j, token_effects(model, x, z[:, None] * _row(fitted, j).float()), decode)
+            writes += _token_writes(j, token_effects(model, x, z[:, None] * rows[j].float()), decode)
     return writes
-
-
-def _row(fitted: FittedMap, latent: int) -> Tensor:
-    row = fitted.row(latent)
-    if row is None:
-        raise ValueError(f"latent {latent} has no row in the map")
-    return row
 
 
 def mean_firing(fitted: FittedMap) -> np.ndarray:
@@ -83,16 +76,25 @@ def firing_states(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) 
     return {j: (x, z) for j, (x, z) in joined.items() if len(z)}
 
 
-def token_effects(model: PairedModel, x: Tensor, written: Tensor) -> Tensor:
-    """Mean change of log-probability [vocabulary] when `written` [n, d] is added to x [n, d], through final norm and unembedding.
+class TokenEffects(NamedTuple):
+    """What a write does to next-token predictions, averaged over tokens where the latent fires. [vocabulary] each."""
 
-    −inf where a token is rarer than FLOOR both before and after.
-    """
+    change: Tensor
+    """Mean change of log-probability, nats."""
+    promoted: Tensor
+    """Mean of p_after · log(p_after/p_before): the token's part in KL(after ‖ before). Ranks promoted tokens, so that a
+    rare token with a large ratio does not hide a common one."""
+    suppressed: Tensor
+    """The same with before and after exchanged."""
+
+
+def token_effects(model: PairedModel, x: Tensor, written: Tensor) -> TokenEffects:
+    """Of adding `written` [n, d] to the stream x [n, d], read through the final norm and the unembedding."""
     before = model.unembed(x).float().log_softmax(-1)
     after = model.unembed(x + written.to(x)).float().log_softmax(-1)
-    change = (after - before).mean(0).cpu()
-    rare = torch.maximum(before.exp().mean(0), after.exp().mean(0)).cpu() < FLOOR
-    return change.masked_fill(rare, float("nan"))
+    change = after - before
+    promoted, suppressed = (after.exp() * change).mean(0), (before.exp() * -change).mean(0)
+    return TokenEffects(change.mean(0).cpu(), promoted.cpu(), suppressed.cpu())
 
 
 def _latent_writes(latent: int, targets: list[tuple[int, float]], hints: dict[int, str]) -> list[Write]:
@@ -104,15 +106,18 @@ def _latent_writes(latent: int, targets: list[tuple[int, float]], hints: dict[in
     return writes
 
 
-def _token_writes(latent: int, change: Tensor, decode: Callable[[int], str]) -> list[Write]:
+def _token_writes(latent: int, effects: TokenEffects, decode: Callable[[int], str]) -> list[Write]:
     writes: list[Write] = []
-    kinds: tuple[tuple[WriteKind, float], ...] = (("promotes", 1.0), ("suppresses", -1.0))
-    for kind, sign in kinds:
-        signed = (change * sign).nan_to_num(-1.0)
-        values, ids = signed.topk(min(N_TOKENS, len(signed)))
-        for rank, (value, token) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
-            if value > 0:
-                writes.append(Write(latent, kind, None, decode(token), sign * value, rank))
+    kinds: tuple[tuple[WriteKind, Tensor, int], ...] = (
+        ("promotes", effects.promoted, 1),
+        ("suppresses", effects.suppressed, -1),
+    )
+    for kind, part, sign in kinds:
+        part = part.masked_fill(effects.change * sign <= 0, 0.0)
+        values, ids = part.topk(min(N_TOKENS, len(part)))
+        tokens = [token for value, token in zip(values.tolist(), ids.tolist(), strict=True) if value > 0]
+        for rank, token in enumerate(tokens, start=1):
+            writes.append(Write(latent, kind, None, decode(token), float(effects.change[token]), rank))
     return writes
 
 

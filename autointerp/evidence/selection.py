@@ -103,6 +103,7 @@ def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking) -> dict[st
     if fitted.changed:
         columns["gain"] = fitted.spread(fitted.gains)
         columns["write_size"] = fitted.spread(fitted.rows.norm(dim=1).numpy())
+    _restrict(columns, fitted, ranking.latents)
     columns |= ranking.columns
     rank, coverage = np.full((2, m), np.nan)
     rank[ranking.latents] = np.arange(1, len(ranking.latents) + 1)
@@ -110,6 +111,14 @@ def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking) -> dict[st
     role = np.full(m, None, dtype=object)
     role[ranking.latents] = ranking.roles
     return columns | {"rank": rank, "coverage": coverage, "role": role}
+
+
+def _restrict(columns: dict[str, np.ndarray], fitted: FittedMap, latents: list[int]) -> None:
+    """Gain and write size of the selected latents are those of the map restricted to them, which is what is reported."""
+    for latent, row in fitted.rows_of(latents).items():
+        direction = fitted.W_dec[latent]
+        columns["gain"][latent] = float(row @ direction / direction.square().sum().clamp_min(1e-30))
+        columns["write_size"][latent] = float(row.norm())
 
 
 def _figures(measured: Measured, fitted: FittedMap, ranking: Ranking, seed: int) -> dict[str, float | int | None]:

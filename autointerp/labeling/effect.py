@@ -13,7 +13,7 @@ SHARE_OF_STRONGEST = 0.1
 """Weights below this share of the strongest of their kind are dropped."""
 MIN_GAIN = 0.05
 MAX_TOKENS = 4
-MAX_LATENTS = 2
+MAX_LATENTS = 1
 _HINT_TOKENS = 2
 _RUNS = re.compile(r"([^\w.])\1+")
 _SPECIAL = re.compile(r"<\|.*\|>|</?s>|<(bos|eos|pad|unk)>|\[(CLS|SEP|PAD|UNK|MASK)\]")
@@ -30,20 +30,19 @@ def effect_sentence(evidence: LatentEvidence, names: Mapping[int, str] | None = 
     parts = [
         _tokens("promotes", _strong(evidence.writes, "promotes")),
         _tokens("suppresses", _strong(evidence.writes, "suppresses")),
+        _gain(evidence.gain),
         _latents("raises", _strong(evidence.writes, "raises"), names, evidence.latent),
         _latents("lowers", _strong(evidence.writes, "lowers"), names, evidence.latent),
-        _gain(evidence.gain),
     ]
     said = "; ".join(part for part in parts if part)
     return "; ".join(part for part in (_state(evidence), said, _role(evidence)) if part) or NOTHING
 
 
 def _strong(writes: Sequence[Write], kind: WriteKind) -> list[Write]:
-    """Writes of one kind, strongest first, without the small ones."""
-    ranked = sorted(
-        (w for w in writes if w.kind == kind and w.weight == w.weight), key=lambda w: (-abs(w.weight), w.rank)
-    )
-    return [w for w in ranked if w.weight and abs(w.weight) >= SHARE_OF_STRONGEST * abs(ranked[0].weight)]
+    """Writes of one kind by rank, without those whose weight is small beside the largest."""
+    ranked = sorted((w for w in writes if w.kind == kind and w.weight == w.weight), key=lambda w: w.rank)
+    least = SHARE_OF_STRONGEST * max((abs(w.weight) for w in ranked), default=0.0)
+    return [w for w in ranked if w.weight and abs(w.weight) >= least]
 
 
 def _tokens(verb: str, writes: list[Write]) -> str:

@@ -15,6 +15,7 @@ import torch
 from autointerp.evidence.change_map import decompose
 from autointerp.evidence.fitted import MIN_FIRINGS, FittedMap
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
+from autointerp.evidence.selectors.mean_shift import mean_shift_size
 
 N_TARGETS = 5
 """Directions read off a row when counting what it writes to."""
@@ -46,6 +47,7 @@ def change(question: Question) -> Ranking:
     roles = ["read"] * len(read) + ["written"] * len(written) + ["static"] * len(fixed)
     size = np.full(m, np.nan)
     size[fitted.tracked] = fitted.size
+    size[_revived(fitted)] = mean_shift_size(fitted)[_revived(fitted)]  # no row: they never fire in the base model
     return Ranking(latents, roles, size, columns, len(passing))  # pyright: ignore[reportArgumentType]
 
 
@@ -77,9 +79,8 @@ def _static_places(fitted: FittedMap, top: int, n_read: int) -> int:
 
 def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
     """Latents outside `read` that fire only since the training, or that at least MIN_WRITERS rows of `read` write to."""
-    statistics = fitted.statistics
-    revived = np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired >= MIN_FIRINGS))
-    revived = revived[np.argsort(-statistics.adapted.total[revived])]
+    revived = _revived(fitted)
+    revived = revived[np.argsort(-mean_shift_size(fitted)[revived])]
     writers: Counter[int] = Counter()
     for latent in read:
         row = fitted.row(latent)
@@ -88,3 +89,9 @@ def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
     needed = max(MIN_WRITERS, len(read) // 10)
     hubs = [target for target, n in writers.most_common() if n >= needed]
     return [latent for latent in dict.fromkeys([*revived.tolist(), *hubs]) if latent not in read][:places]
+
+
+def _revived(fitted: FittedMap) -> np.ndarray:
+    """Latents that never fired in base and fire in adapted too often for chance."""
+    statistics = fitted.statistics
+    return np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired >= MIN_FIRINGS))

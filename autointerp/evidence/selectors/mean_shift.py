@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
 
 
@@ -12,8 +13,14 @@ from autointerp.evidence.selection import SELECTORS, Question, Ranking
 def mean_shift(question: Question) -> Ranking:
     """Latents by |mean(z_adapted − z_base)| · ‖d_i‖, in residual-norm units."""
     statistics = question.fitted.statistics
-    norms = question.fitted.W_dec.norm(dim=1).numpy()
-    change = np.abs(statistics.adapted.total - statistics.base.total) / max(statistics.n_tokens, 1) * norms
+    change = mean_shift_size(question.fitted)
     order = np.argsort(-change, kind="stable")[: question.top]
     order = order[change[order] > 0]
     return Ranking(order.tolist(), ["read"] * len(order), change)
+
+
+def mean_shift_size(fitted: FittedMap) -> np.ndarray:
+    """|mean(z_adapted − z_base)| · ‖d_i‖ [m]."""
+    statistics = fitted.statistics
+    difference = np.abs(statistics.adapted.total - statistics.base.total) / max(statistics.n_tokens, 1)
+    return difference * fitted.W_dec.norm(dim=1).numpy()
