@@ -39,8 +39,8 @@ async def alabel(run: str | os.PathLike[str], *, progress: bool = False, **optio
 def label(run: str | os.PathLike[str], *, progress: bool = False, **options: Any) -> Results:
     """Select, collect, label and score: `autointerp label --run RUN` as a function.
 
-    Options as `make_job`. Running it again finishes what is missing and pays for nothing twice. InputError for bad input (nothing
-    is changed); every other ending is in `Results.status` and `Results.exit_status`.
+    Options as `make_job`. Running it again finishes what is missing and pays for nothing twice. InputError for bad
+    input (nothing is changed); every other ending is in `Results.status` and `Results.exit_status`.
     """
     return asyncio.run(alabel(run, progress=progress, **options))
 

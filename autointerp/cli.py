@@ -34,7 +34,9 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 _DB = click.option("--db", type=click.Path(path_type=Path), default=DEFAULT_DB, help="The DuckDB store.")
 _RUN_ID = click.option("--run-id", help="A run of the store, by its id or the beginning of one.  [default: the newest]")
 _RUN = _options(
-    click.option("--run", "path", type=click.Path(path_type=Path), required=True, help="Run directory, or its run.yaml."),
+    click.option(
+        "--run", "path", type=click.Path(path_type=Path), required=True, help="Run directory, or its run.yaml."
+    ),
     click.option("--base", help="Base model: path or hub id.  [default: what the adapter names]"),
     click.option("--adapter", help="Adapter: path or hub id.  [default: the run directory]"),
     click.option("--sae", help="SAE: a local folder, or a SAELens release/sae_id."),
@@ -184,7 +186,7 @@ def _job(options: dict[str, Any]) -> Job:
     from autointerp.pipeline import Job
     from autointerp.run import Run
 
-    flags = {key: options.get(key) for key in _RUN_KEYS}
+    flags: dict[str, Any] = {key: options.get(key) for key in _RUN_KEYS}
     run = Run.load(options["path"], selector=options["selector"] or None, **flags)
     labeling = {
         "max_usd": options.get("max_usd"),

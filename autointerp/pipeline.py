@@ -1,7 +1,7 @@
 """The order of the work: run → select → collect → label → score → store. Read this file first.
 
-The two halves meet here and in the store: `Evidence` (tensors) writes selections and contexts, the labelers (language models or none)
-read them back. A run is found again by its id, so the same command goes on where the last one stopped.
+The two halves meet here and in the store: `Evidence` (tensors) writes selections and contexts, the labelers (language
+models or none) read them back. A run is found again by its id, so the same command goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +59,7 @@ class Job:
 
 
 @dataclass
-class _Stop:
+class Stop:
     """Set once by Ctrl-C; every stage looks at it between two units of work."""
 
     asked: bool = False
@@ -79,16 +79,23 @@ class StoppedByUser(AutointerpError):
 
 
 async def alabel(
-    job: Job, *, pair: ModelPair | None = None, tokenizer: Any = None, reporter: Reporter | None = None
+    job: Job,
+    *,
+    pair: ModelPair | None = None,
+    tokenizer: Any = None,
+    reporter: Reporter | None = None,
+    stop: Stop | None = None,
 ) -> Results:
-    """Does what of the job is not yet done. InputError (nothing changed) for bad input; every other end is in the results.
+    """Does what of the job is not yet done. InputError (nothing changed) for bad input; every other end is in the
+    results.
 
-    `pair` and `tokenizer`: a model in memory instead of the run's files, for training callbacks.
+    `pair` and `tokenizer`: a model in memory instead of the run's files, for training callbacks. `stop`: asked
+    from within the loop, it drains the job as Ctrl-C does.
     """
     reporter = reporter or Reporter()
     check_labeler(job.labeler, job.settings("?"))
     check_scorers(job)
-    stop = _Stop()
+    stop = stop or Stop()
     with _on_interrupt(stop):
         stands = _stage(job)
         evidence = None if stands in ("collect", "label") else await _load(job, pair, tokenizer)
@@ -151,7 +158,7 @@ async def _load(job: Job, pair: ModelPair | None, tokenizer: Any) -> Evidence:
     return await asyncio.to_thread(Evidence.load, job.run, pair=pair, tokenizer=tokenizer)
 
 
-async def _work(job: Job, evidence: Evidence | None, store: Store, stop: _Stop, reporter: Reporter) -> str:
+async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, reporter: Reporter) -> str:
     """Evidence, labels, scores; the status that the run ends with."""
     run_id = job.run.run_id
     try:
@@ -186,7 +193,7 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: _Stop, 
     return status
 
 
-async def _select(job: Job, evidence: Evidence, store: Store, stop: _Stop, reporter: Reporter) -> None:
+async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, reporter: Reporter) -> None:
     """Measures, selects and stores both; nothing is written before the selection stands."""
     reporter.start("tokens", None)
 
@@ -217,7 +224,10 @@ def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
         "run_id": run.run_id,
         "path": str(run.path),
         "status": "done" if job.select_only else "running",
-        **{name: getattr(run, name) for name in ("base", "adapter", "adapter_format", "adapter_sha256", "sae", "corpus")},
+        **{
+            name: getattr(run, name)
+            for name in ("base", "adapter", "adapter_format", "adapter_sha256", "sae", "corpus")
+        },
         "sae_format": dictionary.format,
         "hook": run.hook,
         "d_model": dictionary.d_in,
@@ -231,7 +241,7 @@ def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
 
 
 async def _label_all(
-    job: Job, labeler: Labeler, evidence: Evidence | None, store: Store, stop: _Stop, reporter: Reporter
+    job: Job, labeler: Labeler, evidence: Evidence | None, store: Store, stop: Stop, reporter: Reporter
 ) -> None:
     """Labels each selected latent as soon as its contexts stand; those that have a label already are passed over."""
     run_id = job.run.run_id
@@ -249,7 +259,7 @@ async def _label_all(
             await asyncio.wrap_future(store.write_label(run_id, found))
             reporter.advance("labels", 1, _spent(labeler))
 
-    async with _gathering(stop) as tasks:
+    async with _gathering() as tasks:
         if evidence is None:
             for latent in selected:
                 if latent not in done:
@@ -283,7 +293,7 @@ async def _name_targets(run_id: str, store: Store) -> None:
 
 
 async def _score_all(
-    job: Job, labeler: Labeler, scorers: Sequence[Scorer], store: Store, stop: _Stop, reporter: Reporter
+    job: Job, labeler: Labeler, scorers: Sequence[Scorer], store: Store, stop: Stop, reporter: Reporter
 ) -> None:
     """Scores every usable label that has no score yet, beside the label of another latent as the null."""
     run_id = job.run.run_id
@@ -302,7 +312,7 @@ async def _score_all(
             await asyncio.wrap_future(store.write_score(run_id, found))
             reporter.advance("scores", 1, _spent(labeler))
 
-    async with _gathering(stop) as tasks:
+    async with _gathering() as tasks:
         for scorer in scorers:
             for at, label in enumerate(usable):
                 if (label.latent, scorer.name) in scored:
@@ -330,7 +340,7 @@ def _spent(labeler: Labeler) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _gathering(stop: _Stop) -> Any:
+async def _gathering() -> AsyncIterator[asyncio.TaskGroup]:
     """A task group that raises the first real error itself, not a group of them."""
     from autointerp.labeling.llm.faults import Interrupted
 
@@ -356,7 +366,7 @@ def _ending(store: Store, run_id: str, labeler: str) -> str:
 
 
 @contextlib.contextmanager
-def _on_interrupt(stop: _Stop) -> Iterator[None]:
+def _on_interrupt(stop: Stop) -> Iterator[None]:
     """The first Ctrl-C drains; a second one, or one where no handler can be set, is the usual KeyboardInterrupt."""
     loop = asyncio.get_running_loop()
 

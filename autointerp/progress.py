@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from autointerp.errors import InputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -50,7 +52,8 @@ class BarReporter(Reporter):
         self._tasks[stage] = self._progress.add_task(stage, total=total, note="")
 
     def advance(self, stage: str, n: int = 1, note: str = "") -> None:
-        self._progress.update(self._tasks[stage], advance=n, **({"note": note} if note else {}))
+        fields: dict[str, Any] = {"note": note} if note else {}
+        self._progress.update(self._tasks[stage], advance=n, **fields)
 
     def say(self, line: str) -> None:
         from rich.text import Text
@@ -62,6 +65,9 @@ class BarReporter(Reporter):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, InputError):  # its one line is to stand alone
+            self._progress.live.transient = True
+            return self._progress.live.stop()
         for task in self._tasks.values():
             if self._progress.tasks[task].total is None:
                 self._progress.update(task, total=self._progress.tasks[task].completed)

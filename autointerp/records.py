@@ -1,7 +1,7 @@
 """The typed rows that the two halves exchange through the store.
 
-The evidence half writes contexts and writes; the labeling half reads them back as `LatentEvidence` and writes labels and
-scores. Nothing here imports torch, so evidence collected on a GPU machine can be labelled on a laptop.
+The evidence half writes contexts and writes; the labeling half reads them back as `LatentEvidence` and writes labels
+and scores. Nothing here imports torch, so evidence collected on a GPU machine can be labelled on a laptop.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Write:
     target_token: str | None
     """The token promoted or suppressed."""
     weight: float
-    """raises/lowers: change of the target's activation at the latent's mean firing activation. promotes/suppresses: mean
-    change of the token's log-probability (nats), read at the hook through the final norm and the unembedding."""
+    """raises/lowers: change of the target's activation at the latent's mean firing activation. promotes/suppresses:
+    mean change of the token's log-probability (nats), read at the hook through the final norm and the unembedding."""
     rank: int
     """1 is the strongest of its kind."""
     target_hint: str | None = None

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that spin while they wait make any measurement on a shared machine one of the others' load.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TOP = 100
 TOKENS = {"demo": 200_000, "gpt2": 24_000}
@@ -307,9 +309,14 @@ def main() -> None:
     parser.add_argument("--case", choices=sorted(TOKENS), default="demo")
     parser.add_argument("--tokens", type=int, help="default: " + ", ".join(f"{k} {v:,}" for k, v in TOKENS.items()))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of torch; default: its own")
     parser.add_argument("--memory", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
     if options.child:
         return _child(options.child)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,9 @@
 """The change map: what an adapter writes into the residual stream when each base latent fires.
 
-Model, per counted token t:  Δx_t ≈ δ̄ + Σ_j z_tj c_j,  where z are the latents of the BASE model, Δx = x_adapted − x_base, δ̄ is the
-mean of Δx (the static part) and c_j [d] is the row of latent j. Everything here is a pure function of the sufficient
-statistics (`Moments`); nothing reads text, models or activations. Shapes: p tracked latents, d residual width.
+Model, per counted token t:  Δx_t ≈ δ̄ + Σ_j z_tj c_j,  where z are the latents of the BASE model, Δx = x_adapted −
+x_base, δ̄ is the mean of Δx (the static part) and c_j [d] is the row of latent j. Everything here is a pure function of
+the sufficient statistics (`Moments`); nothing reads text, models or activations. Shapes: p tracked latents, d residual
+width.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-2
-"""Ridge relative to the diagonal of G (and to its mean): large enough for latents that always fire together, small against one."""
+"""Ridge relative to the diagonal of G (and to its mean): large enough for latents that always fire together, small
+against one."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of base latents and the change over one set of tokens, the change already centred on its static part.
+    """Second moments of base latents and the change over one set of tokens, the change already centred on its static
+    part.
 
     Additive before centring; see `statistics.py`.
     """
@@ -40,15 +43,22 @@ class Moments:
         return float(self.S.trace())
 
 
-def ridged(G: Tensor) -> Tensor:
-    """G + Λ, Λ = RIDGE · (diag G + mean diag G)."""
+def ridge(G: Tensor) -> Tensor:
+    """Diagonal of Λ [p] = RIDGE · (diag G + mean diag G)."""
     diagonal = G.diagonal()
-    return G + torch.diag(RIDGE * diagonal + RIDGE * diagonal.mean())
+    return RIDGE * (diagonal + diagonal.mean()) + torch.finfo(G.dtype).tiny
+
+
+def ridged(G: Tensor) -> Tensor:
+    """G + Λ."""
+    A = G.clone()
+    A.diagonal().add_(ridge(G))
+    return A
 
 
 def fit(moments: Moments) -> Tensor:
     """All rows C [p, d] by ridge regression of Δx on z."""
-    return torch.linalg.solve(ridged(moments.G), moments.B)
+    return torch.cholesky_solve(moments.B, torch.linalg.cholesky(ridged(moments.G)))
 
 
 def refit(moments: Moments, rows: Sequence[int] | Tensor) -> Tensor:
@@ -59,7 +69,7 @@ def refit(moments: Moments, rows: Sequence[int] | Tensor) -> Tensor:
 
 
 def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> float:
-    """Share of Σ‖Δx − δ̄‖² explained by Σ_j∈rows z_j c_j on the tokens of `moments` (negative when worse than nothing)."""
+    """Share of Σ‖Δx − δ̄‖² explained by Σ_j∈rows z_j c_j on the tokens of `moments`; may be negative."""
     rows = torch.as_tensor(rows, dtype=torch.long)
     if not len(rows) or moments.energy == 0:
         return 0.0
@@ -79,15 +89,21 @@ def _whitening(covariance: Tensor) -> Tensor:
 
 
 class RowTest:
-    """T_j = c_jᵀ Σ̂⁻¹ c_j / [(G+Λ)⁻¹]_jj, Σ̂ the residual covariance of the map. One inverse serves targets and decoys."""
+    """T_j = c_jᵀ Σ̂⁻¹ c_j / [(G+Λ)⁻¹]_jj, Σ̂ the residual covariance. One inverse serves targets and decoys."""
 
     def __init__(self, G: Tensor):
         self.inverse = _inverse(ridged(G))
+        self.ridge = ridge(G)
+
+    def rows(self, moments: Moments) -> Tensor:
+        """C [p, d] as `fit` gives it."""
+        return self.inverse @ moments.B
 
     def __call__(self, moments: Moments) -> Tensor:
         """Statistic of every row, [p], non-negative."""
-        C = self.inverse @ moments.B
-        residual = moments.S - C.T @ moments.B - moments.B.T @ C + C.T @ (moments.G @ C)
+        C = self.rows(moments)
+        # (G + Λ) C = B, so Σ‖Δx − Cᵀz‖² = S − CᵀB − BᵀC + CᵀGC = S − BᵀC − CᵀΛC.
+        residual = moments.S - moments.B.T @ C - C.T @ (self.ridge[:, None] * C)
         whitened = C @ _whitening(residual / max(moments.n - 1, 1))
         return (whitened * C).sum(1) / self.inverse.diagonal()
 
@@ -95,8 +111,8 @@ class RowTest:
 class GainTest:
     """Joint regression of Δx on all z_j d_j at once, whitened by L = cov(Δx)⁻¹; one degree of freedom for each latent.
 
-    Normal matrix G ∘ (W L Wᵀ), right side Σ_t z_tj ⟨d_j, L Δx_t⟩. Without the whitening it finds nothing: most of Δx lies in a few
-    directions that all rows share.
+    Normal matrix G ∘ (W L Wᵀ), right side Σ_t z_tj ⟨d_j, L Δx_t⟩. Without the whitening it finds nothing: most of Δx
+    lies in a few directions that all rows share.
     """
 
     def __init__(self, moments: Moments, W_dec: Tensor):
@@ -116,9 +132,9 @@ class GainTest:
 def q_values(target: np.ndarray, decoys: np.ndarray, level: float) -> np.ndarray:
     """q-value of each target by competition with decoys: min over τ ≤ T_j of (1 + #decoys ≥ τ)/R / #targets ≥ τ.
 
-    target [p]; decoys [R, p], R copies of each. Keeping those with q ≤ level bounds the false discovery rate (Barber & Candès
-    2015). The decoys of a latent that does carry an effect are inflated by that effect, so they say nothing of the null ones:
-    those of rejected latents are taken out and the rest stand for all, until nothing changes.
+    target [p]; decoys [R, p], R copies of each. Keeping those with q ≤ level bounds the false discovery rate (Barber &
+    Candès 2015). The decoys of a latent that does carry an effect are inflated by that effect, so they say nothing of
+    the null ones: those of rejected latents are taken out and the rest stand for all, until nothing changes.
     """
     copies, p = decoys.shape
     order = np.argsort(-target, kind="stable")
@@ -137,7 +153,8 @@ def q_values(target: np.ndarray, decoys: np.ndarray, level: float) -> np.ndarray
 
 
 def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
-    """Greedy group pursuit: the row that explains most of what is left, refit of all chosen rows, repeat. At most k of `candidates`."""
+    """Greedy group pursuit: the row that explains most of what is left, refit of all chosen rows, repeat. At most k of
+    `candidates`."""
     scale = moments.G.diagonal() + RIDGE * moments.G.diagonal().mean()
     allowed = torch.zeros(len(moments.G), dtype=torch.bool)
     allowed[torch.as_tensor(candidates, dtype=torch.long)] = True
@@ -160,11 +177,13 @@ def coverage_curve(fitted: Moments, held: Moments, order: Sequence[int]) -> list
     return [explained(held, order[: k + 1], refit(fitted, order[: k + 1])) for k in range(len(order))]
 
 
-def decompose(row: Tensor, W_dec: Tensor, n: int, own: int | None = None, stop: float = 0.02) -> list[tuple[int, float]]:
+def decompose(
+    row: Tensor, W_dec: Tensor, n: int, own: int | None = None, stop: float = 0.02
+) -> list[tuple[int, float]]:
     """A direction as a few decoder directions, row ≈ Σ a_i d_i, by orthogonal matching pursuit: [(latent, a_i)].
 
-    row [d], W_dec [m, d]. At most n directions, besides the latent's own, which is always first when given. Stops when the next
-    direction would lower the squared residual by less than `stop` of ‖row‖².
+    row [d], W_dec [m, d]. At most n directions, besides the latent's own, which is always first when given. Stops when
+    the next direction would lower the squared residual by less than `stop` of ‖row‖².
     """
     total = row.square().sum()
     if total == 0:

@@ -1,8 +1,8 @@
 """The contexts in which the selected latents fire, read back from the spool while labels are already being made.
 
-Two steps. `survey` reads the spool once, encoding the k selected columns alone, and keeps each sequence's peaks: S × k numbers a
-kind. `collect` then picks the sequences of every kind from the peaks, reads just those, and hands out latent after latent in
-rank order.
+Two steps. `survey` reads the spool once, encoding the k selected columns alone, and keeps each sequence's peaks: S × k
+numbers a kind. `collect` then picks the sequences of every kind from the peaks, reads just those, and hands out latent
+after latent in rank order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ GROUP = 16
 PER_SPLIT: dict[ContextKind, int] = {"top": 10, "top_base": 5, "gain": 5, "loss": 5, "quantile": 20, "silent": 20}
 """Contexts of each kind in each split."""
 SPLITS: tuple[Split, ...] = ("explain", "score")
+MIN_SILENT = 8
+"""Tokens without a firing, in a sequence with one, that make a silent context where silent sequences are too few."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Survey:
     """Largest z_adapted − z_base [S, k]."""
     loss: np.ndarray
     """Largest z_base − z_adapted [S, k]."""
+    silence: np.ndarray
+    """Tokens of the longest stretch silent on both sides [S, k], int32; the whole length where nothing fires."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Pick:
     """What it is ranked by."""
 
 
-def activations(spool_x: torch.Tensor, counted: np.ndarray, dictionary: Dictionary, latents: torch.Tensor) -> np.ndarray:
+def activations(
+    spool_x: torch.Tensor, counted: np.ndarray, dictionary: Dictionary, latents: torch.Tensor
+) -> np.ndarray:
     """z [n, k] of spooled activations x [n, d]; 0 at tokens that are not counted."""
     z = dictionary.encode_columns(spool_x.to(dictionary.W_dec.device).float(), latents).float().cpu().numpy()
     z[~counted] = 0
@@ -65,20 +71,37 @@ def survey(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) -> Surv
     """Reads the whole spool once."""
     columns = torch.as_tensor(list(latents), dtype=torch.long, device=dictionary.W_dec.device)
     peaks = np.full((4, len(spool), len(latents)), -np.inf, dtype=np.float32)
+    silence = np.zeros((len(spool), len(latents)), dtype=np.int32)
     for stretch in spool.stretches():
         base = activations(stretch.x_base, stretch.counted, dictionary, columns)
         adapted = activations(stretch.x_adapted, stretch.counted, dictionary, columns)
+        silent_for = _silent_for((base > 0) | (adapted > 0), stretch.bounds)
+        silence[stretch.sequences] = np.maximum.reduceat(silent_for, stretch.bounds[:-1], axis=0)
         for row, values in enumerate((base, adapted, adapted - base, base - adapted)):
             values[~stretch.counted] = -np.inf
             peaks[row, stretch.sequences] = np.maximum.reduceat(values, stretch.bounds[:-1], axis=0)
-    return Survey(list(latents), *peaks)
+    base, adapted, gain, loss = peaks
+    return Survey(list(latents), base, adapted, gain, loss, silence)
+
+
+def _silent_for(fires: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """For each token, how many tokens of its sequence up to and with it are silent in a row [n, k], int32.
+
+    fires [n, k]: whether the latent fires on either side; bounds: first token of each sequence, and the end.
+    """
+    at = np.arange(1, len(fires) + 1, dtype=np.int32)[:, None]
+    last = np.where(fires, at, 0)
+    starts = bounds[:-1]
+    last[starts] = np.maximum(last[starts], starts[:, None])
+    return at - np.maximum.accumulate(last, axis=0)
 
 
 def pick(found: Survey, at: int, orders: np.ndarray, revived: bool, seed: int) -> list[Pick]:
     """The contexts of the latent at column `at`: each split's best of every kind, one context per sequence and kind.
 
-    orders [S]: place of each sequence's document in the shuffled corpus, which decides its split. `quantile` spreads evenly over the
-    ranks of the activating sequences (by the adapted peak for latents that base never fires).
+    orders [S]: place of each sequence's document in the shuffled corpus, which decides its split. `quantile` spreads
+    evenly over the ranks of the activating sequences (by the adapted peak for latents that base never fires). A latent
+    so dense that too few sequences are silent as a whole takes silent stretches of others, MIN_SILENT tokens or longer.
     """
     base, adapted = found.base[:, at], found.adapted[:, at]
     values: dict[ContextKind, np.ndarray] = {
@@ -88,17 +111,20 @@ def pick(found: Survey, at: int, orders: np.ndarray, revived: bool, seed: int) -
         "loss": found.loss[:, at],
         "quantile": adapted if revived else base,
     }
-    silent = (base == 0) & (adapted == 0)
+    silent = np.isfinite(base) & (base <= 0) & (adapted <= 0)
+    partly = (base > 0) | (adapted > 0)
+    partly &= found.silence[:, at] >= MIN_SILENT
     generator = np.random.default_rng((seed, found.latents[at]))
     picks: list[Pick] = []
     for parity, split in enumerate(SPLITS):
         mine = np.flatnonzero(orders % 2 == parity)
         for kind, peak in values.items():
-            chosen = _spread(mine, peak, PER_SPLIT[kind]) if kind == "quantile" else _largest(mine, peak, PER_SPLIT[kind])
+            chosen = (
+                _spread(mine, peak, PER_SPLIT[kind]) if kind == "quantile" else _largest(mine, peak, PER_SPLIT[kind])
+            )
             picks += [Pick(kind, split, int(s), float(peak[s])) for s in chosen]
-        quiet = mine[silent[mine]]
-        drawn = generator.permutation(quiet)[: PER_SPLIT["silent"]]
-        picks += [Pick("silent", split, int(s), 0.0) for s in drawn]
+        drawn = np.concatenate([generator.permutation(mine[which[mine]]) for which in (silent, partly)])
+        picks += [Pick("silent", split, int(s), 0.0) for s in drawn[: PER_SPLIT["silent"]]]
     return picks
 
 
@@ -154,7 +180,9 @@ def _read(
     contexts: dict[int, list[Context]] = {}
     for column, (at, chosen) in enumerate(picks.items()):
         contexts[at] = [
-            _context(latents[at], n, rank, p, base[p.sequence][:, column], adapted[p.sequence][:, column], spool, decode)
+            _context(
+                latents[at], n, rank, p, base[p.sequence][:, column], adapted[p.sequence][:, column], spool, decode
+            )
             for n, (rank, p) in enumerate(_ranked(chosen))
         ]
     return contexts
@@ -181,8 +209,9 @@ def _context(
 ) -> Context:
     """The window of a pick; base and adapted are the latent's activations over its whole sequence [t]."""
     doc, order, start = spool.place(pick.sequence)
-    peak = _peak(pick.kind, base, adapted)
-    begin, end = max(0, peak - BEFORE), min(len(base), peak + AFTER + 1)
+    first, last = _longest_silence(base, adapted) if pick.kind == "silent" else (0, len(base))
+    peak = (first + last) // 2 if pick.kind == "silent" else _peak(pick.kind, base, adapted)
+    begin, end = max(first, peak - BEFORE), min(last, peak + AFTER + 1)
     return Context(
         latent=latent,
         context_id=context_id,
@@ -198,10 +227,15 @@ def _context(
     )
 
 
+def _longest_silence(base: np.ndarray, adapted: np.ndarray) -> tuple[int, int]:
+    """(first token, end) of the longest stretch silent on both sides; the whole sequence where nothing fires."""
+    silent_for = _silent_for(((base > 0) | (adapted > 0))[:, None], np.array([0, len(base)]))[:, 0]
+    end = int(silent_for.argmax()) + 1
+    return end - int(silent_for[end - 1]), end
+
+
 def _peak(kind: ContextKind, base: np.ndarray, adapted: np.ndarray) -> int:
-    """Where a context's peak lies in its sequence; the middle for a silent one."""
-    if kind == "silent":
-        return len(base) // 2
+    """Where the peak of an activating context lies in its sequence."""
     if kind == "quantile":
         return int((base if base.max() > 0 else adapted).argmax())
     return int({"top": adapted, "top_base": base, "gain": adapted - base, "loss": base - adapted}[kind].argmax())

@@ -120,7 +120,7 @@ class FittedMap:
         if not k or not self.changed or not self.held_half.n or not len(live):
             return None
         generator = np.random.default_rng(seed)
-        picks = [generator.choice(live, min(k, len(live)), replace=False) for _ in range(draws)]
+        picks = [generator.choice(live, min(k, len(live)), replace=False).tolist() for _ in range(draws)]
         return float(
             np.mean([change_map.explained(self.held_half, p, change_map.refit(self.fit_half, p)) for p in picks])
         )
@@ -131,8 +131,8 @@ class FittedMap:
         return None if at is None else self.rows[at]
 
     def rows_of(self, latents: Sequence[int]) -> dict[int, Tensor]:
-        """c_j [d] of each latent of the map among `latents`, fitted jointly for these alone: the k-row map whose coverage is
-        reported, in which each row also carries what it shares with latents left out."""
+        """c_j [d] of each latent of the map among `latents`, fitted jointly for these alone: the k-row map whose
+        coverage is reported, in which each row also carries what it shares with latents left out."""
         kept = [latent for latent in latents if latent in self._index]
         if not kept or not self.changed:
             return {}

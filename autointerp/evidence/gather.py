@@ -1,6 +1,7 @@
 """The evidence half as one object: load, measure, select, read the rows, collect. `pipeline.py` calls it in that order.
 
-Everything that can be wrong with the input is found by `Evidence.load`, before any forward pass and before the store is touched.
+Everything that can be wrong with the input is found by `Evidence.load`, before any forward pass and before the store is
+touched.
 """
 
 from __future__ import annotations
@@ -123,7 +124,9 @@ class Evidence:
         self.close()
 
 
-async def _in_thread(function: Callable[[list[Context]], list[Prediction]], contexts: list[Context]) -> list[Prediction]:
+async def _in_thread(
+    function: Callable[[list[Context]], list[Prediction]], contexts: list[Context]
+) -> list[Prediction]:
     import asyncio
 
     return await asyncio.to_thread(function, contexts)

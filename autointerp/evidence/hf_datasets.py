@@ -97,5 +97,3 @@ def open_hub(name: str, text_column: str) -> Stream:
         hint = "give --corpus an existing path, or a hub id while online (owner/name or owner/name:configuration)"
         raise InputError(f"corpus {name}: no such path here, and the hub does not give it ({error}); {hint}") from error
     return Stream(name, _only_split(name, splits), text_column)
-
-

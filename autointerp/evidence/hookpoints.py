@@ -201,8 +201,11 @@ def _no_such_module(name: str, layout: Layout) -> str:
 
 def _modules(model: PreTrainedModel | PretrainedConfig) -> dict[str, nn.Module]:
     if isinstance(model, PretrainedConfig):
-        with torch.device("meta"):  # the modules' names, without their weights
-            model = AutoModelForCausalLM.from_config(model)
+        try:
+            with torch.device("meta"):  # the modules' names, without their weights
+                model = AutoModelForCausalLM.from_config(model)
+        except ValueError as error:
+            raise InputError(f"model_type {model.model_type}: not a causal language model; give --base one") from error
     return dict(model.named_modules())
 
 

@@ -1,9 +1,10 @@
-"""Rows of the change map in words' reach: which latents a firing raises and lowers, which next tokens it promotes and suppresses."""
+"""Rows of the change map in words' reach: which latents a firing raises and lowers, which next tokens it promotes and
+suppresses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ N_LATENTS = 6
 """Directions that a row is read as, besides the latent's own."""
 N_TOKENS = 10
 """Tokens kept on each side."""
-N_STATES = 32
+N_STATES = 64
 """Firing tokens over which the change of log-probabilities is averaged."""
 HINT_TOKENS = 3
 
@@ -34,21 +35,25 @@ def read_rows(
     spool: Spool,
     decode: Callable[[int], str],
 ) -> list[Write]:
-    """The `writes` of the selected latents; none for latents outside the map or with no row. Tokens only at residual-stream hooks."""
+    """The `writes` of the selected latents. Tokens only at residual-stream hooks.
+
+    A latent of the map: what its row writes when it fires in the base model. A latent that fires only since the
+    training has no row; for it, the tokens that its own new activation promotes and suppresses.
+    """
     rows = fitted.rows_of(latents)
-    kept = list(rows)
-    if not kept:
-        return []
+    base, adapted = fitted.statistics.base, fitted.statistics.adapted
+    revived = [j for j in latents if j not in rows or (not base.fired[j] and adapted.fired[j])]
+    kept = [j for j in rows if j not in revived]
     strength = mean_firing(fitted)
     targets = {j: decompose(rows[j], fitted.W_dec, N_LATENTS, own=j)[1:] for j in kept}
     hints = _hints(sorted({t for pairs in targets.values() for t, _ in pairs}), model, dictionary, decode)
-    states = firing_states(spool, dictionary, kept) if model.hook.on_stream else {}
-    writes: list[Write] = []
-    for j in kept:
-        writes += _latent_writes(j, [(t, a * strength[j]) for t, a in targets[j]], hints)
-        if j in states:
-            x, z = states[j]
-            writes += _token_writes(j, token_effects(model, x, z[:, None] * rows[j].float()), decode)
+    writes = [write for j in kept for write in _latent_writes(j, [(t, a * strength[j]) for t, a in targets[j]], hints)]
+    if not model.hook.on_stream:
+        return writes
+    directions = {j: rows[j] for j in kept} | {j: fitted.W_dec[j] for j in revived}
+    states = firing_states(spool, dictionary, kept, "base") | firing_states(spool, dictionary, revived, "adapted")
+    for j, (x, z) in states.items():
+        writes += _token_writes(j, token_effects(model, x, z[:, None] * directions[j].float()), decode)
     return writes
 
 
@@ -58,13 +63,22 @@ def mean_firing(fitted: FittedMap) -> np.ndarray:
     return base.total / np.maximum(base.fired, 1)
 
 
-def firing_states(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
-    """For each latent x_base [n, d] and z_base [n] at its first N_STATES firing tokens of the shuffled corpus."""
+def firing_states(
+    spool: Spool, dictionary: Dictionary, latents: Sequence[int], side: Literal["base", "adapted"]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """x_base [n, d] and z [n] of each latent at its first N_STATES firing tokens on `side`, in corpus order as
+    shuffled.
+
+    Latents that never fire there are left out.
+    """
+    if not latents:
+        return {}
     columns = torch.as_tensor(list(latents), device=dictionary.W_dec.device)
     found: dict[int, list[tuple[Tensor, Tensor]]] = {latent: [] for latent in latents}
     wanted = dict.fromkeys(latents, N_STATES)
     for stretch in spool.stretches():
-        z = activations(stretch.x_base, stretch.counted, dictionary, columns)
+        x = stretch.x_base if side == "base" else stretch.x_adapted
+        z = activations(x, stretch.counted, dictionary, columns)
         for column, latent in enumerate(latents):
             if wanted[latent] > 0:
                 at = np.flatnonzero(z[:, column] > 0)[: wanted[latent]]

@@ -1,7 +1,7 @@
 """Which latents enter the change map when the dictionary is too large for all of them (G is p × p).
 
-The first part of the corpus ranks latents by ‖B_j‖²/G_jj, the energy of the change that each alone would explain; the best p get their G on
-the rest, so that the data which chose them is not the data which tests them.
+The first part of the corpus ranks latents by ‖B_j‖²/G_jj, the energy of the change that each alone would explain; the
+best p get their G on the rest, so that the data which chose them is not the data which tests them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ MAX_TRACKED = 4096
 
 
 class Screen:
-    """Collects ‖B_j‖²/G_jj until `budget` tokens were seen; with m ≤ max_tracked every latent is tracked from the start."""
+    """Collects ‖B_j‖²/G_jj until `budget` tokens were seen; with m ≤ max_tracked all are tracked from the start."""
 
     def __init__(self, m: int, d: int, budget: int, max_tracked: int = MAX_TRACKED):
         """m latents, d residual width, `budget` counted tokens to screen on."""

@@ -114,7 +114,7 @@ def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking) -> dict[st
 
 
 def _restrict(columns: dict[str, np.ndarray], fitted: FittedMap, latents: list[int]) -> None:
-    """Gain and write size of the selected latents are those of the map restricted to them, which is what is reported."""
+    """Gain and write size of the selected latents are those of the map restricted to them, as reported."""
     for latent, row in fitted.rows_of(latents).items():
         direction = fitted.W_dec[latent]
         columns["gain"][latent] = float(row @ direction / direction.square().sum().clamp_min(1e-30))

@@ -1,8 +1,9 @@
 """The residual stream of one pass over the corpus, on disk for as long as the run needs it.
 
-Which latents matter is known only after the whole corpus was read, and their contexts lie anywhere in it. Running both models again
-would double the work; keeping the codes of the whole dictionary would fill memory. So the pass leaves x_base and x_adapted of each document token
-here (2·d numbers a token, in the model's dtype) in an unnamed temporary file, read back for the selected latents alone.
+Which latents matter is known only after the whole corpus was read, and their contexts lie anywhere in it. Running both
+models again would double the work; keeping the codes of the whole dictionary would fill memory. So the pass leaves
+x_base and x_adapted of each document token here (2·d numbers a token, in the model's dtype) in an unnamed temporary
+file, read back for the selected latents alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autointerp.errors import AutointerpError
+from autointerp.errors import AutointerpError, InputError
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,13 @@ class Spool:
     def __init__(self, d: int, dtype: torch.dtype, folder: Path | None = None):
         """d residual width; `folder` is where the temporary files go (the system's temporary folder when None)."""
         self.d, self.dtype = d, dtype
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        self._streams = tempfile.TemporaryFile(dir=folder)
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._streams = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            place = folder or "the system's temporary folder"
+            raise InputError(f"scratch {place}: {error.strerror}; give --scratch a folder to write in") from error
         self._token_bytes = 2 * d * dtype.itemsize
         self._offsets = [0]
         self._ids: list[np.ndarray] = []

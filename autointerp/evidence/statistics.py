@@ -1,8 +1,8 @@
 """The sufficient statistics of a change, streamed and additive.
 
-`ChangeStatistics` is a monoid: statistics of two sets of documents add up to the statistics of their union, whatever the split, so
-batches, processes and hosts merge by `+`. What is kept is O(m) numbers for every latent of the dictionary and O(p²) for the p latents
-that the change map tracks; nothing grows with the number of tokens.
+`ChangeStatistics` is a monoid: statistics of two sets of documents add up to the statistics of their union, whatever
+the split, so batches, processes and hosts merge by `+`. What is kept is O(m) numbers for every latent of the dictionary
+and O(p²) for the p latents that the change map tracks; nothing grows with the number of tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from autointerp.evidence.change_map import Moments
 from autointerp.evidence.corpus import fit_rows
 
 N_DECOYS = 4
-"""Sign-flipped copies of the change: their number sets the finest false discovery rate that few discoveries can reach."""
+"""Sign-flipped copies of the change: their number sets the finest rate that few discoveries can reach."""
 PENDING_ROWS = 16384
-"""Tokens whose codes are gathered before one sparse Gram product: adding it into the dense G costs as much for few as for many."""
+"""Tokens whose codes are gathered before one sparse Gram product: adding it into the dense G costs as much for few as
+for many."""
 _MASK = (1 << 64) - 1
 
 
@@ -42,10 +43,11 @@ class PairedCodes:
 
 
 def decoy_signs(order: np.ndarray, position: np.ndarray, seed: int, span: int = 1024) -> np.ndarray:
-    """Random signs [n, N_DECOYS], one for each stretch of `span` tokens of each document: a function of the document alone.
+    """Random signs [n, N_DECOYS], one for each stretch of `span` tokens of each document: a function of the document
+    alone.
 
-    Multiplying Δx by them keeps its spectrum, its autocorrelation and its dependence within a document, and breaks every link to
-    the latents that holds across documents (the wild cluster bootstrap: Cameron, Gelbach & Miller 2008).
+    Multiplying Δx by them keeps its spectrum, its autocorrelation and its dependence within a document, and breaks
+    every link to the latents that holds across documents (the wild cluster bootstrap: Cameron, Gelbach & Miller 2008).
     """
     key = (order.astype(np.uint64) << np.uint64(24)) ^ (position // span).astype(np.uint64)
     key = key + np.uint64((0x9E3779B97F4A7C15 * (2 * seed + 1)) & _MASK)
@@ -82,7 +84,7 @@ class LatentMoments:
 
 @dataclass
 class StreamMoments:
-    """How well the dictionary reconstructs each side and the change, over all counted tokens. Sums; d residual width."""
+    """How well the dictionary reconstructs each side and the change, over all counted tokens. Sums."""
 
     sum_base: np.ndarray
     sum_adapted: np.ndarray
@@ -240,7 +242,9 @@ class ChangeStatistics:
             self.held.add(tracked[~fit], change[~fit], None)
 
     def __add__(self, other: ChangeStatistics) -> ChangeStatistics:
-        if (self.m, self.d, self.seed) != (other.m, other.d, other.seed) or not np.array_equal(self.tracked, other.tracked):
+        if (self.m, self.d, self.seed) != (other.m, other.d, other.seed) or not np.array_equal(
+            self.tracked, other.tracked
+        ):
             raise ValueError("statistics of different dictionaries, seeds or tracked latents do not add up")
         result = ChangeStatistics(self.m, self.d, self.tracked[:0], self.seed)
         result.tracked = self.tracked

@@ -15,7 +15,8 @@ _BYTE = re.compile(r"^<0x([0-9A-Fa-f]{2})>$")
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
     """A function from token id to text, its leading space kept.
 
-    Decoding one token drops the leading space of SentencePiece tokenizers (`▁the`), so those are read from the vocabulary.
+    Decoding one token drops the leading space of SentencePiece tokenizers (`▁the`), so those are read from the
+    vocabulary.
     """
 
     def text(token: int) -> str:

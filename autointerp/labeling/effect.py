@@ -109,7 +109,7 @@ def _gain(gain: float | None) -> str:
 
 def _state(evidence: LatentEvidence) -> str:
     if evidence.state == "revived":
-        return f"fires only after the training (on {_share(evidence.freq_adapted)} of tokens)"
+        return f"new: fires only since the training (on {_share(evidence.freq_adapted)} of tokens)"
     if evidence.state == "silenced":
         return f"fires no more after the training (before, on {_share(evidence.freq_base)} of tokens)"
     return ""
@@ -120,7 +120,7 @@ def _share(frequency: float) -> str:
 
 
 def _role(evidence: LatentEvidence) -> str:
-    if evidence.role == "written":
+    if evidence.role == "written" and evidence.state != "revived":
         return "other latents that fire write to it"
     if evidence.role == "static":
         return "shifted on every token alike, whatever fires"

@@ -38,6 +38,8 @@ class Store:
         self._writer = writer
         self._tables = schema.table_schemas(handle.connection)
         self._closed = False
+        self._unused = False
+        """Whether this store made the file and has written nothing."""
 
     @classmethod
     def open(
@@ -57,9 +59,11 @@ class Store:
         resolved = files.resolve(path)
         if mode == "read":
             return cls(files.connect_for_reading(resolved, lock_wait_s), resolved, None)
+        made = not os.path.lexists(resolved)
         handle = files.connect_for_writing(resolved, lock_wait_s)
         writer = Writer(handle.connection.cursor(), resolved)
         store = cls(handle, resolved, writer)
+        store._unused = made
         files.register_publisher(resolved, lambda: writer.publish().result())
         atexit.register(store.close)
         return store
@@ -84,6 +88,8 @@ class Store:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
+            if error is not None and self._unused and not self._closed:
+                os.unlink(self.path)  # there was none before; while we still hold its lock
             self.close()
         except Exception as closing:
             if error is None:
@@ -224,6 +230,7 @@ class Store:
         return [Upsert(self._tables[table], part) for part in to_arrow(self._tables[table], rows)]
 
     def _submit(self, *steps: Step) -> Future[None]:
+        self._unused = False
         return self._writing().submit(*steps)
 
     def _writing(self) -> Writer:

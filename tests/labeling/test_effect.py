@@ -101,7 +101,7 @@ def test_a_hint_without_backticks_is_quoted_and_kept_on_one_line():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"state": "revived", "freq_adapted": 0.012}, "fires only after the training (on 1.2 % of tokens)"),
+        ({"state": "revived", "freq_adapted": 0.012}, "new: fires only since the training (on 1.2 % of tokens)"),
         ({"state": "silenced", "freq_base": 0.004}, "fires no more after the training (before, on 0.4 % of tokens)"),
         ({"role": "written"}, "other latents that fire write to it"),
         ({"role": "static"}, "shifted on every token alike, whatever fires"),

@@ -1,8 +1,8 @@
 """`change`, the default: the latents whose firing the adapter's writing hangs on, by the change map.
 
-Rows that pass the tests are chosen greedily (role `read`). A tenth of the places goes to latents that many chosen rows write to,
-or that fire only since the training (role `written`). Where most of the change is the same on every token (bias and steering
-adapters), the latents that the static part is made of get their share (role `static`).
+Rows that pass the tests are chosen greedily (role `read`). A tenth of the places goes to latents that many chosen rows
+write to, or that fire only since the training (role `written`). Where most of the change is the same on every token
+(bias and steering adapters), the latents that the static part is made of get their share (role `static`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ N_STATIC = 20
 
 @SELECTORS.register("change")
 def change(question: Question) -> Ranking:
-    """The change map's choice: tests at `fdr`, greedy pursuit, then written and static latents; at most `top` in all."""
+    """The map's choice: tests at `fdr`, greedy pursuit, then written and static latents; at most `top` in all."""
     fitted, top = question.fitted, question.top
     m = fitted.statistics.m
     static = static_shares(fitted)
@@ -78,7 +78,7 @@ def _static_places(fitted: FittedMap, top: int, n_read: int) -> int:
 
 
 def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
-    """Latents outside `read` that fire only since the training, or that at least MIN_WRITERS rows of `read` write to."""
+    """Latents outside `read` that fire only since the training, or that MIN_WRITERS rows of `read` write to."""
     revived = _revived(fitted)
     revived = revived[np.argsort(-mean_shift_size(fitted)[revived])]
     writers: Counter[int] = Counter()

@@ -12,7 +12,6 @@ from autointerp.evidence.selection import SELECTORS, Question, Ranking
 @SELECTORS.register("mean-shift")
 def mean_shift(question: Question) -> Ranking:
     """Latents by |mean(z_adapted − z_base)| · ‖d_i‖, in residual-norm units."""
-    statistics = question.fitted.statistics
     change = mean_shift_size(question.fitted)
     order = np.argsort(-change, kind="stable")[: question.top]
     order = order[change[order] > 0]
