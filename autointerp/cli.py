@@ -129,9 +129,11 @@ def show(latent: int | None, db: Path, run_id: str | None, as_json: bool) -> int
     with Store.open(db, "read") as store:
         wanted = store.run_id(run_id)
         if as_json:
-            for item in latent_objects(store, wanted):
-                if latent is None or item["latent"] == latent:
-                    click.echo(json.dumps(item, default=str))
+            found = [item for item in latent_objects(store, wanted) if latent in (None, item["latent"])]
+            if latent is not None and not found:
+                raise InputError(f"run {wanted} selected no latent {latent}: `autointerp show` lists those it did")
+            for item in found:
+                click.echo(json.dumps(item, default=str))
         elif latent is None:
             render.table(store, wanted)
         else:

@@ -122,7 +122,7 @@ def estimate_job(job: Job) -> dict[str, Any]:
     check_scorers(job)
     name, _ = split_spec(job.labeler)
     scorers = job.scorers or (LABELERS.get(name).default_scorer,)  # pyright: ignore[reportFunctionMemberAccess]
-    latents: Any = job.run.settings.top if isinstance(job.run.settings.top, int) else 50
+    latents: Any = job.run.settings.top
     run_id = job.run.run_id
     if _stage(job) in ("collect", "label"):
         with Store.open(job.db, "read") as store:
@@ -210,8 +210,6 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
     store.write_writes(run_id, writes)
     store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select"}])
     await store.aflush()
-    if not selection.fitted.statistics.stream.square_change:
-        reporter.say("the adapter changes nothing at this hook: no latent is selected")
 
 
 def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:

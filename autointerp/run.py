@@ -37,8 +37,8 @@ _SAMPLE = 1 << 16
 class Settings:
     """How to select and collect; none of it says what was trained."""
 
-    top: Annotated[PositiveInt | Literal["auto"], Field(union_mode="left_to_right")] = 50
-    """Latents to select; `auto` stops where the coverage curve flattens."""
+    top: PositiveInt = 50
+    """Latents to select."""
     selector: Annotated[
         tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)
     ] = ("change",)

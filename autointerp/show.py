@@ -42,7 +42,14 @@ def table(store: Store, run_id: str | None = None, console: Console | None = Non
         console.print(latents_table(rows, wide=console.width >= _WIDE))
         console.print(Text("score (null): the best scorer, and the same with another latent's label", style="dim"))
     else:
-        console.print(Text("no latent was selected: no change was found that stands out from chance"))
+        console.print(Text(f"no latent was selected: {_why_none(store, run_id)}"))
+
+
+def _why_none(store: Store, run_id: str) -> str:
+    (run,) = store.read("SELECT n_tokens, delta_fvu FROM runs WHERE run_id = ?", [run_id])
+    if run["n_tokens"] and run["delta_fvu"] is None:  # relative to the change: there is none
+        return "the adapter changes nothing at this hook"
+    return "no change was found that stands out from chance"
 
 
 def latent(

@@ -200,9 +200,7 @@ def _write_run_file(job: Job) -> None:
     values = {key: getattr(job.run, key) for key in KEYS}
     values["adapter"] = os.path.relpath(job.run.adapter, job.run.path)
     lines = yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
-    header = (
-        f"# Written at the end of the training. To go on with its labels, or to see them again:\n#   {command(job)}\n"
-    )
+    header = f"# Written at the end of the training. To finish its labels, or see them again:\n#   {command(job)}\n"
     (job.run.path / RUN_FILE).write_text(header + lines)
 
 

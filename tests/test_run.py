@@ -50,7 +50,6 @@ def test_flags_alone(home: Path) -> None:
     assert (run.text_column, run.context_length, run.max_tokens) == ("text", 64, 1_000_000)
     assert (run.settings.top, run.settings.selector, run.settings.seed) == (7, ("random",), 0)
     assert len(run.adapter_sha256) == 64
-    assert Run.load("run", sae="sae", corpus="corpus.jsonl", top="auto").settings.top == "auto"
 
 
 def test_yaml_paths_are_relative_to_it_and_a_flag_wins(home: Path) -> None:

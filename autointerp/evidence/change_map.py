@@ -1,9 +1,9 @@
 """The change map: what an adapter writes into the residual stream when each base latent fires.
 
-Model, per counted token t:  Δx_t ≈ δ̄ + Σ_j z_tj c_j,  where z are the latents of the BASE model, Δx = x_adapted −
-x_base, δ̄ is the mean of Δx (the static part) and c_j [d] is the row of latent j. Everything here is a pure function of
-the sufficient statistics (`Moments`); nothing reads text, models or activations. Shapes: p tracked latents, d residual
-width.
+Model, per counted token t:  Δx_t ≈ δ̄ + Σ_j (z_tj − z̄_j) c_j,  where z are the latents of the BASE model and z̄ their
+means, Δx = x_adapted − x_base, δ̄ is the mean of Δx (the static part) and c_j [d] is the row of latent j. Everything
+here is a pure function of the sufficient statistics (`Moments`); nothing reads text, models or activations. Shapes: p
+tracked latents, d residual width.
 """
 
 from __future__ import annotations
@@ -22,18 +22,15 @@ against one."""
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of base latents and the change over one set of tokens, the change already centred on its static
-    part.
-
-    Additive before centring; see `statistics.py`.
-    """
+    """Second moments of base latents and the change over one set of tokens, both centred. Additive before centring; see
+    `statistics.py`. Codes that were not centred would have every latent that fires help to stand for Σ z̄_j c_j."""
 
     n: int
     """Counted tokens."""
     G: Tensor
-    """Σ z zᵀ [p, p], float64."""
+    """Σ (z − z̄)(z − z̄)ᵀ [p, p], float64."""
     B: Tensor
-    """Σ z (Δx − δ̄)ᵀ [p, d], float64."""
+    """Σ (z − z̄)(Δx − δ̄)ᵀ [p, d], float64."""
     S: Tensor
     """Σ (Δx − δ̄)(Δx − δ̄)ᵀ [d, d], float64."""
 
@@ -69,7 +66,7 @@ def refit(moments: Moments, rows: Sequence[int] | Tensor) -> Tensor:
 
 
 def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> float:
-    """Share of Σ‖Δx − δ̄‖² explained by Σ_j∈rows z_j c_j on the tokens of `moments`; may be negative."""
+    """Share of Σ‖Δx − δ̄‖² explained by Σ_j∈rows (z_j − z̄_j) c_j on the tokens of `moments`; may be negative."""
     rows = torch.as_tensor(rows, dtype=torch.long)
     if not len(rows) or moments.energy == 0:
         return 0.0
@@ -129,26 +126,43 @@ class GainTest:
         return self.gains(moments).abs() / self.inverse.diagonal().sqrt()
 
 
-def q_values(target: np.ndarray, decoys: np.ndarray, level: float) -> np.ndarray:
-    """q-value of each target by competition with decoys: min over τ ≤ T_j of (1 + #decoys ≥ τ)/R / #targets ≥ τ.
+def without(many: Sequence[Moments], rows: Sequence[int] | np.ndarray) -> tuple[list[Moments], np.ndarray]:
+    """Each of `many`, which share one G, with all that the given rows explain of codes and change taken out of both.
 
-    target [p]; decoys [R, p], R copies of each. Keeping those with q ≤ level bounds the false discovery rate (Barber &
-    Candès 2015). The decoys of a latent that does carry an effect are inflated by that effect, so they say nothing of
-    the null ones: those of rejected latents are taken out and the rest stand for all, until nothing changes.
+    Returns them, over the other latents alone, and which latents those are. A joint fit of the others is then one with
+    free rows for these (Frisch & Waugh 1933).
     """
-    copies, p = decoys.shape
-    order = np.argsort(-target, kind="stable")
-    null = np.ones(p, dtype=bool)
-    q = np.ones(p)
-    for _ in range(10):
-        pool = np.sort(decoys[:, null].ravel())
-        above = (len(pool) - np.searchsorted(pool, target[order], side="left")) * (p / null.sum())
-        rate = (1 + above) / copies / np.arange(1, p + 1)
-        q[order] = np.minimum(np.minimum.accumulate(rate[::-1])[::-1], 1.0)
-        left = q > level
-        if (left == null).all() or left.sum() < p / 10:
-            break
-        null = left
+    G, rows = many[0].G, torch.as_tensor(rows, dtype=torch.long)
+    others = torch.ones(len(G), dtype=torch.bool)
+    others[rows] = False
+    cross, shrink = G[rows][:, others], ridge(G)[rows, None]
+    factor = torch.linalg.cholesky(G[rows][:, rows] + torch.diag(shrink[:, 0]))
+    A = torch.cholesky_solve(cross, factor)
+    left_G = G[others][:, others] - cross.T @ A
+    left = []
+    for moments in many:
+        X = torch.cholesky_solve(moments.B[rows], factor)
+        S = moments.S - moments.B[rows].T @ X - X.T @ (shrink * X)
+        left.append(Moments(moments.n, left_G, moments.B[others] - A.T @ moments.B[rows], S))
+    return left, np.flatnonzero(others.numpy())
+
+
+def q_values(target: np.ndarray, decoys: np.ndarray, found: int = 0) -> np.ndarray:
+    """q-value of each target in competition with its own decoys; `found` discoveries were made before, by another test.
+
+    target [p]; decoys [R, p]. A latent wins where it exceeds all its decoys. Without an effect it wins once in R + 1
+    times, however unevenly it fires over documents, so beyond a threshold τ the wins by chance are about 1/R of the
+    losses: the rate is (1 + #losses ≥ τ)/R over the wins ≥ τ, and q the least rate at any τ up to the latent's own
+    (Barber & Candès 2015; with several decoys Emery et al. 2020). Losers have q = 1.
+    """
+    best = decoys.max(0)
+    wins = target > best
+    order = np.argsort(-np.maximum(target, best), kind="stable")
+    losses = np.cumsum(~wins[order])
+    rate = (1 + losses) / len(decoys) / np.maximum(found + np.cumsum(wins[order]), 1)
+    q = np.empty(len(target))
+    q[order] = np.minimum(np.minimum.accumulate(rate[::-1])[::-1], 1.0)
+    q[~wins] = 1.0
     return q
 
 
@@ -170,11 +184,6 @@ def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
         allowed[best] = False
         left = moments.B - moments.G[:, chosen] @ refit(moments, chosen)
     return chosen
-
-
-def coverage_curve(fitted: Moments, held: Moments, order: Sequence[int]) -> list[float]:
-    """Held-out share of Δx explained by the first 1, 2, … rows of `order`, rows fitted on `fitted` alone."""
-    return [explained(held, order[: k + 1], refit(fitted, order[: k + 1])) for k in range(len(order))]
 
 
 def decompose(

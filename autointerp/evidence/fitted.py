@@ -27,9 +27,9 @@ class FittedMap:
         self.statistics = statistics
         self.tracked = statistics.tracked
         self.W_dec = W_dec.detach().double().cpu()
-        static = statistics.static
-        self.fit_half = statistics.fit.moments(static)
-        self.held_half = statistics.held.moments(static)
+        self._centre = statistics.centre
+        self.fit_half = statistics.fit.moments(*self._centre)
+        self.held_half = statistics.held.moments(*self._centre)
         self._index = {int(latent): at for at, latent in enumerate(self.tracked)}
 
     @cached_property
@@ -53,12 +53,18 @@ class FittedMap:
         """Held-out R² of the map with all its latents; None when no document was held out."""
         if not self.held_half.n or not self.fit_half.n or not self.changed:
             return None
-        return change_map.explained(self.held_half, range(len(self.tracked)), change_map.fit(self.fit_half))
+        return change_map.explained(self.held_half, range(len(self.tracked)), self._row_test.rows(self.fit_half))
+
+    @cached_property
+    def _row_test(self) -> RowTest:
+        """Of the fit half; its inverse is the dearest thing here."""
+        return RowTest(self.fit_half.G)
 
     @cached_property
     def size(self) -> np.ndarray:
         """change [p]: ‖c_j‖ · √E[z_j²], root mean square norm of what the row writes, in residual-norm units."""
-        mean_square = self.all_tokens.G.diagonal() / max(self.all_tokens.n, 1)
+        mean, _ = self._centre
+        mean_square = self.all_tokens.G.diagonal() / max(self.all_tokens.n, 1) + torch.from_numpy(mean**2)
         return (self.rows.norm(dim=1) * mean_square.sqrt()).numpy()
 
     @cached_property
@@ -74,24 +80,30 @@ class FittedMap:
     def tests(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """(statistic, q-value) [p] of the better of the two tests at `level`; NaN for latents too rare to test.
 
-        Row test and gain test each get half the level, so a q-value is twice the smaller of the two. They see the fit
-        half only, which leaves the held-out figures untouched.
+        Row test and gain test each get half the level, so a q-value is twice the smaller of the two. The gain test
+        knows no writes but a latent's own: what the rows that passed write is taken out before it, lest it leak into
+        the gains of latents that fire with them. Both see the fit half only, which leaves the held-out figures
+        untouched.
         """
         statistic, q = np.full((2, len(self.tracked)), np.nan)
         tested = self.statistics.fit_fired() >= MIN_FIRINGS
         if not self.changed or not tested.any():
             return statistic, q
-        decoys = self.statistics.fit.decoys(self.statistics.static)
-        directions = self.W_dec[self.tracked]
-        results = []
-        for test in (RowTest(self.fit_half.G), GainTest(self.fit_half, directions)):
-            target = test(self.fit_half).numpy()[tested]
-            false = np.stack([test(decoy).numpy()[tested] for decoy in decoys])
-            results.append((target, change_map.q_values(target, false, level / 2)))
-        (row, row_q), (gain, gain_q) = results
-        statistic[tested] = np.where(gain_q < row_q, gain, row)
-        q[tested] = np.minimum(2 * np.minimum(row_q, gain_q), 1.0)
-        return statistic, q
+        moments = [self.fit_half, *self.statistics.fit.decoys(self.fit_half, *self._centre)]
+        row, *decoys = (self._row_test(of).numpy()[tested] for of in moments)
+        statistic[tested] = row
+        q[tested] = change_map.q_values(row, np.stack(decoys))
+        passed = np.flatnonzero(q <= level / 2)
+        moments, others = change_map.without(moments, passed)
+        others_tested = tested[others]
+        if others_tested.any():
+            gain_test = GainTest(moments[0], self.W_dec[self.tracked[others]])
+            gain, *decoys = (gain_test(of).numpy()[others_tested] for of in moments)
+            gain_q = change_map.q_values(gain, np.stack(decoys), len(passed))
+            at = others[others_tested]
+            statistic[at] = np.where(gain_q < q[at], gain, statistic[at])
+            q[at] = np.minimum(q[at], gain_q)
+        return statistic, np.minimum(2 * q, 1.0)
 
     def passing(self, q: np.ndarray, level: float) -> np.ndarray:
         """Tracked positions that pass the tests at `level` and write enough to matter."""

@@ -96,8 +96,7 @@ class Evidence:
             progress=progress,
         )
         fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
-        top = settings.top if isinstance(settings.top, int) else 50
-        selection = select(measured, fitted, settings.selector[0], top, settings.fdr, settings.seed)
+        selection = select(measured, fitted, settings.selector[0], settings.top, settings.fdr, settings.seed)
         writes = read_rows(fitted, selection.latents, self.model, self.dictionary, spool, self.decode)
         self._spool, self._selection = spool, selection
         return selection, writes

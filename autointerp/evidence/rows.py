@@ -25,6 +25,8 @@ N_TOKENS = 10
 N_STATES = 64
 """Firing tokens over which the change of log-probabilities is averaged."""
 HINT_TOKENS = 3
+PROBABLE = 1e-3
+"""Mean probability from which a token counts as suppressed."""
 
 
 def read_rows(
@@ -95,20 +97,15 @@ class TokenEffects(NamedTuple):
 
     change: Tensor
     """Mean change of log-probability, nats."""
-    promoted: Tensor
-    """Mean of p_after · log(p_after/p_before): the token's part in KL(after ‖ before). Ranks promoted tokens, so that a
-    rare token with a large ratio does not hide a common one."""
-    suppressed: Tensor
-    """The same with before and after exchanged."""
+    before: Tensor
+    """Mean probability before."""
 
 
 def token_effects(model: PairedModel, x: Tensor, written: Tensor) -> TokenEffects:
     """Of adding `written` [n, d] to the stream x [n, d], read through the final norm and the unembedding."""
     before = model.unembed(x).float().log_softmax(-1)
     after = model.unembed(x + written.to(x)).float().log_softmax(-1)
-    change = after - before
-    promoted, suppressed = (after.exp() * change).mean(0), (before.exp() * -change).mean(0)
-    return TokenEffects(change.mean(0).cpu(), promoted.cpu(), suppressed.cpu())
+    return TokenEffects((after - before).mean(0).cpu(), before.exp().mean(0).cpu())
 
 
 def _latent_writes(latent: int, targets: list[tuple[int, float]], hints: dict[int, str]) -> list[Write]:
@@ -121,14 +118,15 @@ def _latent_writes(latent: int, targets: list[tuple[int, float]], hints: dict[in
 
 
 def _token_writes(latent: int, effects: TokenEffects, decode: Callable[[int], str]) -> list[Write]:
-    writes: list[Write] = []
-    kinds: tuple[tuple[WriteKind, Tensor, int], ...] = (
-        ("promotes", effects.promoted, 1),
-        ("suppresses", effects.suppressed, -1),
+    """Promoted tokens by their gain alone: at the hook, the layers above have yet to make them probable. Suppressed ones
+    only among those that were probable before: there is nothing to suppress in the others."""
+    kinds: tuple[tuple[WriteKind, Tensor], ...] = (
+        ("promotes", effects.change),
+        ("suppresses", (-effects.change).masked_fill(effects.before < PROBABLE, 0.0)),
     )
-    for kind, part, sign in kinds:
-        part = part.masked_fill(effects.change * sign <= 0, 0.0)
-        values, ids = part.topk(min(N_TOKENS, len(part)))
+    writes: list[Write] = []
+    for kind, strength in kinds:
+        values, ids = strength.topk(min(N_TOKENS, len(strength)))
         tokens = [token for value, token in zip(values.tolist(), ids.tolist(), strict=True) if value > 0]
         for rank, token in enumerate(tokens, start=1):
             writes.append(Write(latent, kind, None, decode(token), float(effects.change[token]), rank))

@@ -138,7 +138,10 @@ def _square(x: np.ndarray) -> float:
 
 
 class MapMoments:
-    """Σ z, G, B, ΣΔx, ΣΔxΔxᵀ of the tracked latents over the tokens of one split, uncentred."""
+    """Σ z, G, B, ΣΔx, ΣΔxΔxᵀ of the tracked latents over the tokens of one split, uncentred; for each decoy those that
+    hang on the change's sign, its first moment and B, and with them what centring them takes."""
+
+    _SUMS = ("n", "z", "fired", "G", "B", "change", "S", "decoy_n", "decoy_z", "decoy_change", "decoy_B")
 
     def __init__(self, p: int, d: int, n_decoys: int):
         self.n = 0
@@ -148,7 +151,9 @@ class MapMoments:
         self.B = np.zeros((p, d))
         self.change = np.zeros(d)
         self.S = np.zeros((d, d))
+        self.decoy_n = np.zeros(n_decoys)
         self.decoy_z = np.zeros((n_decoys, p))
+        self.decoy_change = np.zeros((n_decoys, d))
         self.decoy_B = np.zeros((n_decoys, p, d))
         self._pending: list[csr_matrix] = []
 
@@ -168,7 +173,9 @@ class MapMoments:
             self.B += products[:, :d]
             for r in range(len(self.decoy_B)):
                 self.decoy_B[r] += products[:, (r + 1) * d : (r + 2) * d]
+            self.decoy_n += signs.sum(0)
             self.decoy_z += (transposed @ signs).T
+            self.decoy_change += signs.T @ change
         self._pending.append(z)
         if sum(block.shape[0] for block in self._pending) >= PENDING_ROWS:
             self.settle()
@@ -185,23 +192,27 @@ class MapMoments:
         self.settle()
         other.settle()
         result = MapMoments(0, 0, 0)
-        for name in ("n", "z", "fired", "G", "B", "change", "S", "decoy_z", "decoy_B"):
+        for name in self._SUMS:
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result
 
-    def moments(self, static: np.ndarray) -> Moments:
-        """Centred on the static part [d]."""
+    def moments(self, mean: np.ndarray, static: np.ndarray) -> Moments:
+        """Codes centred on their mean [p], the change on the static part [d]."""
         self.settle()
-        S = self.S - np.outer(self.change, static) - np.outer(static, self.change) + self.n * np.outer(static, static)
-        return Moments(self.n, _tensor(self.G), _tensor(self.B - np.outer(self.z, static)), _tensor(S))
+        left = self.change - self.n * static
+        G = self.G - np.outer(self.z, mean) - np.outer(mean, self.z) + self.n * np.outer(mean, mean)
+        B = self.B - np.outer(self.z, static) - np.outer(mean, left)
+        S = self.S - np.outer(self.change, static) - np.outer(static, left)
+        return Moments(self.n, _tensor(G), _tensor(B), _tensor(S))
 
-    def decoys(self, static: np.ndarray) -> list[Moments]:
-        """The same with the change's sign flipped at random: what no link between latents and change looks like."""
-        target = self.moments(static)
-        return [
-            Moments(self.n, target.G, _tensor(B - np.outer(z, static)), target.S)
-            for B, z in zip(self.decoy_B, self.decoy_z, strict=True)
+    def decoys(self, target: Moments, mean: np.ndarray, static: np.ndarray) -> list[Moments]:
+        """`target`, made by `moments`, with the change's sign flipped at random: no link between latents and change."""
+        left = self.decoy_change - self.decoy_n[:, None] * static
+        B = [
+            self.decoy_B[r] - np.outer(self.decoy_z[r], static) - np.outer(mean, left[r])
+            for r in range(len(self.decoy_n))
         ]
+        return [Moments(self.n, target.G, _tensor(b), target.S) for b in B]
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -267,3 +278,9 @@ class ChangeStatistics:
     def static(self) -> np.ndarray:
         """δ̄ [d], the mean change over all counted tokens."""
         return self.stream.sum_change / max(self.n_tokens, 1)
+
+    @property
+    def centre(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean base codes [p] and mean change [d] over the tokens of the map, both halves."""
+        n = max(self.fit.n + self.held.n, 1)
+        return (self.fit.z + self.held.z) / n, (self.fit.change + self.held.change) / n

@@ -19,7 +19,9 @@ from ..tiny import WIDTH, save_lora, save_model
 
 M, HOOK = 48, "blocks.2.hook_resid_post"
 CONTEXT = 32
-WORDS = "the cat sat on a mat while the old dog ran to another house and slept near its warm red door until dawn".split()
+WORDS = (
+    "the cat sat on a mat while the old dog ran to another house and slept near its warm red door until dawn".split()
+)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def assert_same(a: ChangeStatistics, b: ChangeStatistics) -> None:
         x.settle(), y.settle()
         assert x.n == y.n
         assert np.array_equal(x.fired, y.fired)
-        for name in ("z", "G", "B", "change", "S", "decoy_z", "decoy_B"):
+        for name in x._SUMS:
             assert close(getattr(x, name), getattr(y, name)), (half, name)
 
 
@@ -115,21 +115,24 @@ def test_brute_force() -> None:
     naive = ((change - (z_adapted - z) @ s.W_dec) ** 2).sum() / (change**2).sum()
     assert WHOLE.stream.error_change / WHOLE.stream.square_change == pytest.approx(naive, rel=1e-3)
     fit = fit_rows(s.order)
-    centred = change - static
+    mean, centred = z.mean(0), change - static
+    assert close(WHOLE.centre[0], mean)
+    assert close(WHOLE.centre[1], static)
+    codes_centred = z - mean
     for half, rows in ((WHOLE.fit, fit), (WHOLE.held, ~fit)):
-        moments = half.moments(static)
+        moments = half.moments(mean, static)
         assert moments.n == rows.sum()
         for got, want in (
-            (moments.G, z[rows].T @ z[rows]),
-            (moments.B, z[rows].T @ centred[rows]),
+            (moments.G, codes_centred[rows].T @ codes_centred[rows]),
+            (moments.B, codes_centred[rows].T @ centred[rows]),
             (moments.S, centred[rows].T @ centred[rows]),
         ):
             assert close(got.numpy(), want)
     codes = s.codes(np.flatnonzero(fit))
     signs = decoy_signs(codes.order, codes.position, seed=0)
-    for decoy, sign in zip(WHOLE.fit.decoys(static), signs.T, strict=True):
+    for decoy, sign in zip(WHOLE.fit.decoys(WHOLE.fit.moments(mean, static), mean, static), signs.T, strict=True):
         flipped = centred[fit] * sign[:, None]
-        assert close(decoy.B.numpy(), z[fit].T @ flipped)
+        assert close(decoy.B.numpy(), codes_centred[fit].T @ flipped)
         assert close(decoy.S.numpy(), flipped.T @ flipped)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class _Decoding(Dictionary):
 
 
 class Linear(_Decoding):
-    """z = activation((u − b_dec) W_enc + b_enc), elementwise in the latents."""
+    """z = activation((u − b_dec) W_enc + b_enc), elementwise in the latents; 0 wherever that is not above `bar` [m]."""
 
     def __init__(
         self,
@@ -76,6 +77,7 @@ class Linear(_Decoding):
         b_enc: Tensor | None,
         activation: Activation,
         per_latent: PerLatent | None = None,
+        bar: Tensor | None = None,
         subtract_b_dec: bool = True,
         normalisation: Normalisation | None = None,
     ):
@@ -84,6 +86,7 @@ class Linear(_Decoding):
         self.W_dec, self.b_dec, self.b_enc = W_dec, b_dec, b_enc
         self.activation = activation
         self.per_latent: PerLatent = per_latent or {}
+        self.bar = W_enc.new_zeros(self.d_sae) if bar is None else bar
         self.subtract_b_dec = subtract_b_dec
         self.normalisation = normalisation or Normalisation()
         self.normalised = bool(self.normalisation)
@@ -97,6 +100,17 @@ class Linear(_Decoding):
         bias = None if self.b_enc is None else self.b_enc[latents]
         per_latent = {name: value[latents] for name, value in self.per_latent.items()}
         return self.activation(_affine(self._centred(x), self.W_enc[:, latents], bias), per_latent).float()
+
+    @torch.no_grad()
+    def encode_active(self, x: Tensor) -> ActiveLatents:
+        # The activation is applied to the few entries above the bar: [n, m] is written once and read once.
+        pre = _affine(self._centred(x), self.W_enc, self.b_enc)
+        at = _positions(pre > self.bar)
+        token, latent = at // self.d_sae, at % self.d_sae
+        per_latent = {name: value[latent] for name, value in self.per_latent.items()}
+        active = ActiveLatents(token, latent, self.activation(pre.view(-1)[at], per_latent).float())
+        fires = active.value != 0
+        return active if fires.all() else ActiveLatents(*(entries[fires] for entries in active))
 
     def _centred(self, x: Tensor) -> Tensor:
         # b_dec is subtracted rather than folded into the bias: it costs 1/m of the product, and folding would lose
@@ -178,6 +192,13 @@ def _mean_and_deviation(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _relative_norm(x: Tensor) -> tuple[float, Tensor]:
     return 0.0, x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Flat indices of the true entries, ascending."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))  # several times faster than torch on few true entries
+    return mask.flatten().nonzero()[:, 0]
 
 
 def _affine(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:

@@ -123,13 +123,15 @@ def _standard(sae: SAE[Any], weights: dict[str, torch.Tensor]) -> Dictionary:
 
 def _jumprelu(sae: SAE[Any], weights: dict[str, torch.Tensor]) -> Dictionary:
     # relu(pre) where pre > threshold: a threshold below 0 acts as 0.
-    per_latent = {"threshold": weights["threshold"].clamp(min=0)}
-    return Linear(**_linear(sae, weights), b_enc=weights["b_enc"], activation=jumprelu, per_latent=per_latent)
+    bar = weights["threshold"].clamp(min=0)
+    common = _linear(sae, weights) | {"per_latent": {"threshold": bar}, "bar": bar}
+    return Linear(**common, b_enc=weights["b_enc"], activation=jumprelu)
 
 
 def _gated(sae: SAE[Any], weights: dict[str, torch.Tensor]) -> Dictionary:
     per_latent = {"scale": weights["r_mag"].exp(), "b_gate": weights["b_gate"], "b_mag": weights["b_mag"]}
-    return Linear(**_linear(sae, weights), b_enc=None, activation=gated, per_latent=per_latent)
+    common = _linear(sae, weights) | {"per_latent": per_latent, "bar": -weights["b_gate"]}
+    return Linear(**common, b_enc=None, activation=gated)
 
 
 def _topk(sae: SAE[Any], weights: dict[str, torch.Tensor]) -> Dictionary:
