@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autointerp.errors import AutointerpError, BudgetError, InputError, ProviderError
-from autointerp.labeling.base import (
-    Labeler,
-    LabelingSettings,
-    Scorer,
-    check_labeler,
-    make_labeler,
-    make_scorer,
-    split_spec,
-)
+from autointerp.errors import BudgetError, InputError, ProviderError
+from autointerp.labeling.base import LabelingSettings, check_labeler, make_labeler, make_scorer, split_spec
+from autointerp.labeling.work import FINISHED, Work, scored, usable
 from autointerp.progress import Reporter
-from autointerp.records import Label
+from autointerp.records import LatentEvidence
 from autointerp.results import Results
 from autointerp.run import Run
+from autointerp.stopping import Stop, StoppedByUser, on_interrupt
 from autointerp.store import Store
 
 if TYPE_CHECKING:
@@ -36,8 +28,6 @@ if TYPE_CHECKING:
     from autointerp.evidence.model_pair import ModelPair
 
 DEFAULT_DB = "results/autointerp.duckdb"
-FINISHED = ("ok", "known", "refused")
-"""Label statuses that are not asked for again."""
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
 
 
@@ -58,26 +48,6 @@ class Job:
         return LabelingSettings(run_id=run_id, seed=self.run.settings.seed, **self.labeling)
 
 
-@dataclass
-class Stop:
-    """Set once by Ctrl-C; every stage looks at it between two units of work."""
-
-    asked: bool = False
-    labeler: Labeler | None = None
-
-    def ask(self) -> None:
-        self.asked = True
-        engine = getattr(self.labeler, "engine", None)
-        if engine is not None:
-            engine.stopping.set()
-
-
-class StoppedByUser(AutointerpError):
-    """Ctrl-C: what was under way is finished and stored."""
-
-    exit_status = 130
-
-
 async def alabel(
     job: Job,
     *,
@@ -96,7 +66,7 @@ async def alabel(
     check_labeler(job.labeler, job.settings("?"))
     check_scorers(job)
     stop = stop or Stop()
-    with _on_interrupt(stop):
+    with on_interrupt(stop):
         stands = _stage(job)
         evidence = None if stands in ("collect", "label") else await _load(job, pair, tokenizer)
         with contextlib.ExitStack() as held:
@@ -116,30 +86,48 @@ def estimate_job(job: Job) -> dict[str, Any]:
     """
     from dataclasses import asdict
 
-    from autointerp.labeling.base import LABELERS
     from autointerp.labeling.llm.estimate import estimate
 
     check_scorers(job)
-    name, _ = split_spec(job.labeler)
-    scorers = job.scorers or (LABELERS.get(name).default_scorer,)  # pyright: ignore[reportFunctionMemberAccess]
+    scorers = _scorers(job)
     latents: Any = job.run.settings.top
-    run_id = job.run.run_id
-    if _stage(job) in ("collect", "label"):
+    to_score: dict[str, list[LatentEvidence]] = {}
+    run_id, stage = job.run.run_id, _stage(job)
+    if stage is not None:
         with Store.open(job.db, "read") as store:
-            done = {j for j, label in store.labels(run_id, job.labeler).items() if label.status in FINISHED}
-            latents = [store.evidence(run_id, j) for j in store.selected(run_id) if j not in done]
-    plan = asdict(estimate(job.labeler, latents, scorers, job.settings(run_id)))
+            selected = store.selected(run_id)
+            latents = len(selected)
+            if stage in ("collect", "label"):
+                labels, have = store.labels(run_id, job.labeler), scored(store, run_id, job.labeler)
+                done = [j for j in selected if j in labels and labels[j].status in FINISHED]
+                latents = [store.evidence(run_id, j) for j in selected if j not in done]
+                for name in scorers:
+                    waiting = [j for j in done if usable(labels[j]) and (j, name) not in have]
+                    to_score[name] = [store.evidence(run_id, j) for j in waiting]
+    plan = asdict(estimate(job.labeler, latents, scorers, job.settings(run_id), to_score))
     return {"latents": latents if isinstance(latents, int) else len(latents)} | plan
 
 
 def check_scorers(job: Job) -> None:
-    """InputError for a scorer that does not exist, or that needs a model the labeler has not."""
+    """InputError for a scorer that does not exist or needs a model the labeler has not, and for unusable templates."""
     from autointerp.labeling.base import SCORERS, needs_engine
 
     _, model = split_spec(job.labeler)
     for name in job.scorers:
         if needs_engine(SCORERS.get(name)) and not model:
             raise InputError(f"scorer {name!r} asks a language model: give --labeler openai:MODEL or anthropic:MODEL")
+    if model and job.labeling.get("prompts_dir"):
+        from autointerp.labeling.llm.estimate import estimate  # renders every template there is
+
+        estimate(job.labeler, 1, _scorers(job), job.settings("?"))
+
+
+def _scorers(job: Job) -> tuple[str, ...]:
+    """The scorers by name: those wished for, else the labeler's own."""
+    from autointerp.labeling.base import LABELERS
+
+    name, _ = split_spec(job.labeler)
+    return job.scorers or (LABELERS.get(name).default_scorer,)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _stage(job: Job) -> str | None:
@@ -167,16 +155,19 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
         if job.select_only:
             return "done"
         settings = job.settings(run_id)
-        labeler = stop.labeler = make_labeler(job.labeler, settings, store)
-        scorers = [make_scorer(name, labeler, settings) for name in job.scorers or (labeler.default_scorer,)]
+        labeler = make_labeler(job.labeler, settings, store)
+        engine = getattr(labeler, "engine", None)
+        scorers = [make_scorer(name, labeler, settings) for name in _scorers(job)]
+        work = Work(store, run_id, labeler, scorers, 2 * settings.concurrency, stop, reporter)
         try:
-            await _label_all(job, labeler, evidence, store, stop, reporter)
-            await _score_all(job, labeler, scorers, store, stop, reporter)
+            if engine is not None:
+                stop.on_ask.append(engine.stopping.set)
+            await work.label(evidence.contexts() if evidence is not None else None)
+            await work.score()
         finally:
-            engine = getattr(labeler, "engine", None)
             if engine is not None:
                 await engine.aclose()
-        status = _ending(store, run_id, labeler.name)
+        status = "done" if work.complete() else "partial"
     except StoppedByUser:
         if not store.read("SELECT 1 FROM runs WHERE run_id = ?", [run_id]):
             raise
@@ -198,8 +189,7 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
     reporter.start("tokens", None)
 
     def progress(n: int) -> None:
-        if stop.asked:
-            raise StoppedByUser("interrupted while reading the corpus: nothing was stored")
+        stop.check("interrupted while reading the corpus: nothing was stored")
         reporter.advance("tokens", n)
 
     selection, writes = await asyncio.to_thread(evidence.select, progress)
@@ -236,148 +226,3 @@ def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
         "versions": library_versions(),
         "created_at": datetime.now(UTC),
     }
-
-
-async def _label_all(
-    job: Job, labeler: Labeler, evidence: Evidence | None, store: Store, stop: Stop, reporter: Reporter
-) -> None:
-    """Labels each selected latent as soon as its contexts stand; those that have a label already are passed over."""
-    run_id = job.run.run_id
-    selected = store.selected(run_id)
-    done = {latent for latent, label in store.labels(run_id, labeler.name).items() if label.status in FINISHED}
-    waiting = asyncio.Semaphore(2 * job.settings(run_id).concurrency)
-    reporter.start("labels", len(selected))
-    reporter.advance("labels", len(done & set(selected)))
-
-    async def label(latent: int) -> None:
-        async with waiting:
-            if stop.asked:
-                raise StoppedByUser("interrupted")
-            found = await labeler.label(await asyncio.to_thread(store.evidence, run_id, latent))
-            await asyncio.wrap_future(store.write_label(run_id, found))
-            reporter.advance("labels", 1, _spent(labeler))
-
-    async with _gathering() as tasks:
-        if evidence is None:
-            for latent in selected:
-                if latent not in done:
-                    tasks.create_task(label(latent))
-        else:
-            reporter.start("contexts", len(selected))
-            async for latent, contexts, predictions in evidence.contexts():
-                if stop.asked:
-                    raise StoppedByUser("interrupted")
-                await asyncio.wrap_future(store.write_contexts(run_id, latent, contexts, predictions))
-                reporter.advance("contexts")
-                if latent not in done:
-                    tasks.create_task(label(latent))
-            store.upsert("runs", [{"run_id": run_id, "stage": "collect"}])
-    if labeler.name == "lexical":
-        await _name_targets(run_id, store)
-
-
-async def _name_targets(run_id: str, store: Store) -> None:
-    """Second look at lexical effects, now that the latents they speak of have labels."""
-    from autointerp.labeling.effect import effect_sentence
-    from autointerp.labeling.lexical import NO_RULE
-
-    labels = store.labels(run_id, "lexical")
-    names = {latent: label.label for latent, label in labels.items() if label.label and label.label != NO_RULE}
-    for latent, label in labels.items():
-        effect = effect_sentence(store.evidence(run_id, latent), names)
-        if effect != label.effect:
-            store.upsert("labels", [{"run_id": run_id, "latent": latent, "labeler": "lexical", "effect": effect}])
-    await store.aflush()
-
-
-async def _score_all(
-    job: Job, labeler: Labeler, scorers: Sequence[Scorer], store: Store, stop: Stop, reporter: Reporter
-) -> None:
-    """Scores every usable label that has no score yet, beside the label of another latent as the null."""
-    run_id = job.run.run_id
-    labels = store.labels(run_id, labeler.name)
-    usable = [labels[latent] for latent in store.selected(run_id) if latent in labels and _usable(labels[latent])]
-    rows = store.read("SELECT latent, scorer FROM scores WHERE run_id = ? AND labeler = ?", [run_id, labeler.name])
-    scored = {(row["latent"], row["scorer"]) for row in rows}
-    waiting = asyncio.Semaphore(2 * job.settings(run_id).concurrency)
-    reporter.start("scores", len(usable) * len(scorers))
-
-    async def score(scorer: Scorer, label: Label, wrong: Label | None) -> None:
-        async with waiting:
-            if stop.asked:
-                raise StoppedByUser("interrupted")
-            found = await scorer.score(await asyncio.to_thread(store.evidence, run_id, label.latent), label, wrong)
-            await asyncio.wrap_future(store.write_score(run_id, found))
-            reporter.advance("scores", 1, _spent(labeler))
-
-    async with _gathering() as tasks:
-        for scorer in scorers:
-            for at, label in enumerate(usable):
-                if (label.latent, scorer.name) in scored:
-                    reporter.advance("scores")
-                else:
-                    tasks.create_task(score(scorer, label, _wrong(usable, at)))
-
-
-def _usable(label: Label) -> bool:
-    return label.status in ("ok", "known")
-
-
-def _wrong(usable: Sequence[Label], at: int) -> Label | None:
-    """Another latent's label, as far away in rank as there is, and one that claims something where possible."""
-    n = len(usable)
-    others = [usable[(at + n // 2 + step) % n] for step in range(n)]
-    others = [other for other in others if other.latent != usable[at].latent and other.label != usable[at].label]
-    claiming = [other for other in others if usable[at].rule is None or other.rule is not None]
-    return next(iter(claiming or others), None)
-
-
-def _spent(labeler: Labeler) -> str:
-    engine = getattr(labeler, "engine", None)
-    return f"${engine.spend.usd + engine.spend.usd_in_doubt:.4f}" if engine is not None else ""
-
-
-@contextlib.asynccontextmanager
-async def _gathering() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group that raises the first real error itself, not a group of them."""
-    from autointerp.labeling.llm.faults import Interrupted
-
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            yield tasks
-    except BaseExceptionGroup as group:
-        errors = [error for error in _leaves(group) if not isinstance(error, asyncio.CancelledError)]
-        if any(isinstance(error, Interrupted | StoppedByUser) for error in errors):
-            raise StoppedByUser("interrupted") from None
-        raise errors[0] from None
-
-
-def _leaves(group: BaseExceptionGroup) -> Iterator[BaseException]:
-    for error in group.exceptions:
-        yield from _leaves(error) if isinstance(error, BaseExceptionGroup) else (error,)
-
-
-def _ending(store: Store, run_id: str, labeler: str) -> str:
-    """`partial` when a selected latent has no usable label, else `done`."""
-    labels = store.labels(run_id, labeler)
-    return "done" if all(_usable(labels[j]) for j in store.selected(run_id) if j in labels) else "partial"
-
-
-@contextlib.contextmanager
-def _on_interrupt(stop: Stop) -> Iterator[None]:
-    """The first Ctrl-C drains; a second one, or one where no handler can be set, is the usual KeyboardInterrupt."""
-    loop = asyncio.get_running_loop()
-
-    def first() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
-        stop.ask()
-
-    try:
-        loop.add_signal_handler(signal.SIGINT, first)
-    except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)

@@ -36,10 +36,11 @@ from autointerp.in_memory import (
     undisturbed,
     untrained_pair_of,
 )
-from autointerp.pipeline import DEFAULT_DB, Job, Stop, alabel, check_scorers
+from autointerp.pipeline import DEFAULT_DB, Job, alabel, check_scorers
 from autointerp.progress import BarReporter, Reporter
 from autointerp.results import Results
 from autointerp.run import KEYS, RUN_FILE, Settings
+from autointerp.stopping import Stop
 from autointerp.terminal import visible
 
 if TYPE_CHECKING:

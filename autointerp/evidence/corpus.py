@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -241,7 +241,7 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """`items`, made ahead by a background thread, at most `depth` waiting. Closing the result ends the thread."""
     waiting: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
@@ -265,7 +265,7 @@ def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
 
     thread = threading.Thread(target=work, name="autointerp-corpus", daemon=True)
 
-    def read() -> Iterator[T]:
+    def read() -> Generator[T, None, None]:
         thread.start()
         try:
             while True:

@@ -118,7 +118,7 @@ def _latent_writes(latent: int, targets: list[tuple[int, float]], hints: dict[in
 
 
 def _token_writes(latent: int, effects: TokenEffects, decode: Callable[[int], str]) -> list[Write]:
-    """Promoted tokens by their gain alone: at the hook, the layers above have yet to make them probable. Suppressed ones
+    """Promoted tokens by their gain alone: the layers above have yet to make them probable. Suppressed ones
     only among those that were probable before: there is nothing to suppress in the others."""
     kinds: tuple[tuple[WriteKind, Tensor], ...] = (
         ("promotes", effects.change),

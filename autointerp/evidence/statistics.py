@@ -155,38 +155,45 @@ class MapMoments:
         self.decoy_z = np.zeros((n_decoys, p))
         self.decoy_change = np.zeros((n_decoys, d))
         self.decoy_B = np.zeros((n_decoys, p, d))
-        self._pending: list[csr_matrix] = []
+        self._pending: list[tuple[csr_matrix, np.ndarray, np.ndarray]] = []
 
-    def add(self, z: csr_matrix, change: np.ndarray, signs: np.ndarray | None) -> None:
-        """z [n, p], change [n, d], signs [n, n_decoys] or None where no decoys are kept."""
-        transposed = z.T.tocsr()
+    def add(self, z: csr_matrix, change: np.ndarray, signs: np.ndarray) -> None:
+        """z [n, p], change [n, d], signs [n, n_decoys]. The sums stand after `settle`."""
         self.n += len(change)
-        self.z += np.asarray(z.sum(0)).ravel()
-        self.fired += np.diff(transposed.indptr)
-        self.change += change.sum(0, dtype=np.float64)
-        self.S += change.T @ change
-        d = change.shape[1]
-        if signs is None:
-            self.B += transposed @ change
-        else:
-            products = transposed @ np.concatenate([change, *(change * s[:, None] for s in signs.T)], axis=1)
-            self.B += products[:, :d]
-            for r in range(len(self.decoy_B)):
-                self.decoy_B[r] += products[:, (r + 1) * d : (r + 2) * d]
-            self.decoy_n += signs.sum(0)
-            self.decoy_z += (transposed @ signs).T
-            self.decoy_change += signs.T @ change
-        self._pending.append(z)
-        if sum(block.shape[0] for block in self._pending) >= PENDING_ROWS:
+        self._pending.append((z, change, signs))
+        if sum(len(waiting) for _, waiting, _ in self._pending) >= PENDING_ROWS:
             self.settle()
 
-    def settle(self) -> None:
-        """Adds the pending codes into G."""
-        if self._pending:
-            z = vstack(self._pending, format="csr")
-            gram = (z.T.tocsr() @ z).tocoo()
-            self.G[gram.row, gram.col] += gram.data
-            self._pending = []
+    def settle(self) -> MapMoments:
+        """Adds the pending tokens into the sums; returns itself."""
+        if not self._pending:
+            return self
+        codes, changes, all_signs = zip(*self._pending, strict=True)
+        self._pending = []
+        z, change, signs = csr_matrix(vstack(codes)), np.concatenate(changes), np.concatenate(all_signs)
+        gram = (z.T.tocsr() @ z).tocoo()
+        self.G[gram.row, gram.col] += gram.data
+        self.S += change.T @ change
+        self.fired += np.bincount(z.indices, minlength=len(self.fired))
+        # Tokens with the same signs need one product for all decoys, and n_decoys signs have few patterns.
+        patterns, pattern = np.unique(signs, axis=0, return_inverse=True)
+        for at, pattern_signs in enumerate(patterns):
+            rows = np.flatnonzero(pattern.ravel() == at)
+            self._add_products(z[rows], change[rows], pattern_signs)
+        return self
+
+    def _add_products(self, z: csr_matrix, change: np.ndarray, signs: np.ndarray) -> None:
+        """Σ z, ΣΔx and B of tokens that all have these signs [n_decoys]."""
+        product, change_total = z.T @ change, change.sum(0, dtype=np.float64)
+        total = np.bincount(z.indices, weights=z.data, minlength=len(self.z))
+        self.z += total
+        self.change += change_total
+        self.B += product
+        for r, sign in enumerate(signs):
+            self.decoy_n[r] += sign * len(change)
+            self.decoy_z[r] += sign * total
+            self.decoy_change[r] += sign * change_total
+            self.decoy_B[r] += sign * product
 
     def __add__(self, other: MapMoments) -> MapMoments:
         self.settle()
@@ -250,7 +257,7 @@ class ChangeStatistics:
         if fit.any():
             self.fit.add(tracked[fit], change[fit], decoy_signs(codes.order[fit], codes.position[fit], self.seed))
         if not fit.all():
-            self.held.add(tracked[~fit], change[~fit], None)
+            self.held.add(tracked[~fit], change[~fit], np.empty((int((~fit).sum()), 0)))
 
     def __add__(self, other: ChangeStatistics) -> ChangeStatistics:
         if (self.m, self.d, self.seed) != (other.m, other.d, other.seed) or not np.array_equal(
@@ -272,7 +279,7 @@ class ChangeStatistics:
 
     def fit_fired(self) -> np.ndarray:
         """How often each tracked latent fired in the base model on the fit half [p]."""
-        return self.fit.fired
+        return self.fit.settle().fired
 
     @property
     def static(self) -> np.ndarray:
@@ -282,5 +289,6 @@ class ChangeStatistics:
     @property
     def centre(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean base codes [p] and mean change [d] over the tokens of the map, both halves."""
-        n = max(self.fit.n + self.held.n, 1)
-        return (self.fit.z + self.held.z) / n, (self.fit.change + self.held.change) / n
+        fit, held = self.fit.settle(), self.held.settle()
+        n = max(fit.n + held.n, 1)
+        return (fit.z + held.z) / n, (fit.change + held.change) / n

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from autointerp.evidence.corpus import Batch, Corpus
+from autointerp.evidence.corpus import Batch, Corpus, prefetch
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.screening import Screen
@@ -22,6 +23,8 @@ CALIBRATION_TOKENS = 8192
 """Counted tokens at the head of the shuffled corpus that set the median."""
 ENCODE_ROWS = 1024
 """Tokens encoded at a time: [rows, m] must stay in cache."""
+AHEAD = 1
+"""Batches encoded ahead of the statistics."""
 
 Progress = Callable[[int], None]
 """Called with the number of document tokens of each batch that is done."""
@@ -40,6 +43,20 @@ class PairedBatch:
     def norms(self) -> torch.Tensor:
         """‖x_base‖ [b, t], float32."""
         return self.x_base.float().norm(dim=-1).cpu()
+
+
+@dataclass(frozen=True)
+class CodedBatch:
+    """A batch with its latents, off the device."""
+
+    batch: Batch
+    counted: torch.Tensor
+    """`Batch.counted` without outliers of the norm [b, t]."""
+    x_base: torch.Tensor
+    """[b, t, d], as `PairedBatch` has it."""
+    x_adapted: torch.Tensor
+    """[b, t, d]."""
+    codes: PairedCodes
 
 
 @dataclass(frozen=True)
@@ -98,21 +115,45 @@ def measure(
         head.append(paired)
         if sum(int(p.batch.counted.sum()) for p in head) >= CALIBRATION_TOKENS:
             break
+    pass_ = _Pass(dictionary, screen, spool, corpus.seed)
     limit = OUTLIER * median_norm(head)
-    pass_ = _Pass(dictionary, screen, spool, corpus.seed, limit)
+    # Torch works ahead in a thread while scipy, which uses one core, adds up the batch before.
+    with closing(prefetch((encoded(dictionary, p, limit) for p in _chained(head, stream)), AHEAD)) as coded:
+        for batch in coded:
+            pass_.add(batch, progress)
+    return pass_.result(limit)
+
+
+def encoded(dictionary: Dictionary, paired: PairedBatch, norm_limit: float) -> CodedBatch:
+    """The batch with its latents, outliers of the norm no longer counted."""
+    batch = paired.batch
+    counted = batch.counted & (paired.norms() <= norm_limit)
+    rows = counted.flatten().to(paired.x_base.device)
+    x_base = paired.x_base.flatten(0, 1)[rows].float()
+    x_adapted = paired.x_adapted.flatten(0, 1)[rows].float()
+    codes = PairedCodes(
+        base=to_codes(dictionary, x_base),
+        adapted=to_codes(dictionary, x_adapted),
+        x_base=x_base.cpu().numpy(),
+        x_adapted=x_adapted.cpu().numpy(),
+        order=np.repeat(batch.orders, counted.sum(1).numpy()),
+        position=batch.positions[counted].numpy(),
+    )
+    return CodedBatch(batch, counted, paired.x_base.cpu(), paired.x_adapted.cpu(), codes)
+
+
+def _chained(head: list[PairedBatch], stream: Iterator[PairedBatch]) -> Iterator[PairedBatch]:
+    """`head`, let go of as it is read, then the rest of the stream."""
     while head:
-        pass_.add(head.pop(0), progress)
-    for paired in stream:
-        pass_.add(paired, progress)
-    return pass_.result()
+        yield head.pop(0)
+    yield from stream
 
 
 class _Pass:
     """The state of one pass: the screen until it has chosen, the statistics from then on."""
 
-    def __init__(self, dictionary: Dictionary, screen: Screen, spool: Spool, seed: int, norm_limit: float):
-        self.dictionary, self.screen, self.spool = dictionary, screen, spool
-        self.norm_limit = norm_limit
+    def __init__(self, dictionary: Dictionary, screen: Screen, spool: Spool, seed: int):
+        self.screen, self.spool = screen, spool
         self.W_dec = dictionary.W_dec.float().cpu().numpy()
         self.b_dec = dictionary.b_dec.float().cpu().numpy()
         self.docs: set[int] = set()
@@ -120,21 +161,9 @@ class _Pass:
         tracked = screen.tracked if screen.done else np.zeros(0, np.int64)
         self.statistics = ChangeStatistics(m, d, tracked, seed)
 
-    def add(self, paired: PairedBatch, progress: Progress) -> None:
-        batch = paired.batch
-        counted = batch.counted & (paired.norms() <= self.norm_limit)
-        self._spool(paired, counted)
-        rows = counted.flatten().to(paired.x_base.device)
-        x_base = paired.x_base.flatten(0, 1)[rows].float()
-        x_adapted = paired.x_adapted.flatten(0, 1)[rows].float()
-        codes = PairedCodes(
-            base=to_codes(self.dictionary, x_base),
-            adapted=to_codes(self.dictionary, x_adapted),
-            x_base=x_base.cpu().numpy(),
-            x_adapted=x_adapted.cpu().numpy(),
-            order=np.repeat(batch.orders, counted.sum(1).numpy()),
-            position=batch.positions[counted].numpy(),
-        )
+    def add(self, coded: CodedBatch, progress: Progress) -> None:
+        batch, codes = coded.batch, coded.codes
+        self._spool(coded)
         self.statistics.add(codes, self.W_dec, self.b_dec)
         if not self.screen.done:
             self.screen.add(codes.base, codes.x_adapted - codes.x_base)
@@ -143,22 +172,21 @@ class _Pass:
         self.docs.update(batch.docs.tolist())
         progress(int((batch.lengths - batch.n_bos).sum()))
 
-    def _spool(self, paired: PairedBatch, counted: torch.Tensor) -> None:
-        batch = paired.batch
-        x_base, x_adapted = paired.x_base.cpu(), paired.x_adapted.cpu()
+    def _spool(self, coded: CodedBatch) -> None:
+        batch = coded.batch
         for s, length in enumerate(batch.lengths.tolist()):
             kept = slice(batch.n_bos, length)
             self.spool.append(
-                x_base[s, kept],
-                x_adapted[s, kept],
+                coded.x_base[s, kept],
+                coded.x_adapted[s, kept],
                 batch.ids[s, kept].numpy(),
-                counted[s, kept].numpy(),
+                coded.counted[s, kept].numpy(),
                 int(batch.docs[s]),
                 int(batch.orders[s]),
                 int(batch.starts[s]),
             )
 
-    def result(self) -> Measured:
+    def result(self, norm_limit: float) -> Measured:
         if not self.screen.done:
             self.statistics = self.statistics.tracking(self.screen.finish())
-        return Measured(self.statistics, self.spool, len(self.docs), self.norm_limit, self.screen.left_out)
+        return Measured(self.statistics, self.spool, len(self.docs), norm_limit, self.screen.left_out)

@@ -438,7 +438,7 @@ def test_an_adapter_that_changes_nothing_is_no_mistake(kind: str, world: World, 
             "query", "select count(*) n, count_if(selected) k from latents", "--db", options["db"], "--format", "json"
         ).out
     )
-    assert rows == [{"n": 48, "k": 0}]
+    assert rows == [{"n": 64, "k": 0}]
     says = shell(*copied.args(**options, selector="mean-shift"))
     assert says.status == 0
     assert json.loads(

@@ -15,9 +15,9 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from autointerp import cli
 
-from ..tiny import WIDTH, save_lora, save_model
+from ..tiny import WIDTH, model, save_lora, tokenizer
 
-M, HOOK = 48, "blocks.2.hook_resid_post"
+M, HOOK = 64, "blocks.2.hook_resid_post"
 CONTEXT = 32
 WORDS = (
     "the cat sat on a mat while the old dog ran to another house and slept near its warm red door until dawn".split()
@@ -79,15 +79,31 @@ class World:
 def build(path: Path, family: str = "gpt2", layers: tuple[int, ...] = (1,), seed: int = 0) -> World:
     """A world at `path`: the adapter changes `layers`, the SAE reads the stream after block 2."""
     world = World(path)
-    save_model(world.base, family, seed)
+    save_calm_model(world.base, family, seed)
     save_lora(world.adapter, world.base, list(layers))
     save_sae(world.sae)
     save_corpus(world.corpus)
     return world
 
 
-def save_sae(path: Path, d_in: int = WIDTH, m: int = M, hook: str = HOOK, k: int = 6) -> Path:
-    """A TopK SAE with random unit rows, tied: it reconstructs little and fires on everything, which is all we need."""
+def save_calm_model(path: Path, family: str, seed: int = 0) -> Path:
+    """A random model whose stream is mostly the tokens' embeddings, so that latents fire on words and labels exist."""
+    made = model(family, seed)
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif "norm" in name or ".ln_" in name:
+                weight.fill_(1)
+            else:
+                weight.mul_(0.1 if "wpe" in name else 3 if "embed" in name or "wte" in name else 0.3)
+    made.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
+def save_sae(path: Path, d_in: int = WIDTH, m: int = M, hook: str = HOOK, k: int = 4) -> Path:
+    """A TopK SAE with random unit rows, tied: it reconstructs little, but each latent fires on some words."""
     sae_class, config_class = SAE_CLASS_REGISTRY["topk"]
     sae: Any = sae_class(config_class(d_in=d_in, d_sae=m, k=k))
     rows = torch.randn(m, d_in, generator=torch.Generator().manual_seed(3))

@@ -91,6 +91,7 @@ def test_empty_is_neutral_and_strangers_do_not_add_up() -> None:
 def test_a_sum_leaves_its_parts_as_they_were() -> None:
     half = len(STREAM.order) // 2
     a, b = STREAM.statistics(np.arange(half)), STREAM.statistics(np.arange(half, len(STREAM.order)))
+    a.fit.settle()
     before = a.fit.B.copy()
     total = a + b
     total.add(STREAM.codes(np.arange(half)), STREAM.W_dec, np.zeros(STREAM.W_dec.shape[1], np.float32))
@@ -160,6 +161,6 @@ def test_merging_stays_constant_in_size() -> None:
     codes = STREAM.codes(np.arange(len(STREAM.order)))
     for _ in range(30):
         statistics.add(codes, STREAM.W_dec, np.zeros(d, np.float32))
-    pending = sum(block.shape[0] for block in statistics.fit._pending)
+    pending = sum(len(change) for _, change, _ in statistics.fit._pending)
     assert pending < 16384 < statistics.fit.n
     assert not (statistics + statistics).fit._pending

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,12 +43,17 @@ class Estimate:
 
 
 def estimate(
-    spec: str, latents: int | Sequence[LatentEvidence], scorers: Iterable[str], settings: LabelingSettings
+    spec: str,
+    latents: int | Sequence[LatentEvidence],
+    scorers: Iterable[str],
+    settings: LabelingSettings,
+    to_score: Mapping[str, Sequence[LatentEvidence]] | None = None,
 ) -> Estimate:
     """Calls, tokens, dollars and time to label and score.
 
     `latents` is the evidence where it stands, or how many latents there will be; then a typical one is
-    counted. Needs no key. InputError for an unknown labeler or scorer.
+    counted. `to_score`: by scorer, the latents that have a label and only wait for this score. Needs no key.
+    InputError for an unknown labeler or scorer, and for a template that does not render.
     """
     name, model = split_spec(spec)
     prompts = Prompts(settings.prompts_dir)
@@ -58,6 +63,9 @@ def estimate(
         counted = [typical_evidence()] if isinstance(latents, int) else latents
         planned = [plan for item in askers for evidence in counted for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
         planned *= latents if isinstance(latents, int) else 1
+    for scorer, waiting in (to_score or {}).items():
+        if needs_engine(item := SCORERS.get(scorer)):
+            planned += [plan for evidence in waiting for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
     price = find_price(model, settings.prices_path) if model else Price(0, 0, 0, 0)
     low, typical, high = (_tokens(planned, b, o) for b, o in zip(BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True))
     quick, slow = (_seconds(len(planned), sum(typical), s, settings) for s in SECONDS_PER_CALL)

@@ -1,0 +1,176 @@
+"""Labels and scores of one run: what is missing is made, in any order, and stored as soon as it stands."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from autointerp.errors import AutointerpError, BudgetError, ProviderError
+from autointerp.labeling.base import Labeler, Scorer
+from autointerp.labeling.effect import effect_sentence
+from autointerp.labeling.lexical import NO_RULE
+from autointerp.labeling.llm.faults import Interrupted
+from autointerp.progress import Reporter
+from autointerp.records import Context, Label, Prediction
+from autointerp.stopping import Stop, StoppedByUser
+from autointerp.store import Store
+
+FINISHED = ("ok", "known", "refused")
+"""Label statuses that are not asked for again."""
+
+Contexts = AsyncIterator[tuple[int, list[Context], list[Prediction]]]
+"""(latent, its contexts, predictions at their peaks), one latent after the other."""
+
+
+def usable(label: Label) -> bool:
+    """Whether a label says something that can be scored."""
+    return label.status in ("ok", "known")
+
+
+def scored(store: Store, run_id: str, labeler: str) -> set[tuple[int, str]]:
+    """(latent, scorer) of the scores that stand for this labeler's labels."""
+    rows = store.read("SELECT latent, scorer FROM scores WHERE run_id = ? AND labeler = ?", [run_id, labeler])
+    return {(row["latent"], row["scorer"]) for row in rows}
+
+
+@dataclass
+class Work:
+    """One labeler's work on one run."""
+
+    store: Store
+    run_id: str
+    labeler: Labeler
+    scorers: Sequence[Scorer]
+    waiting: int
+    """Latents under way at once; a labeler limits its own requests."""
+    stop: Stop
+    reporter: Reporter
+    halted: AutointerpError | None = field(default=None, init=False)
+    """The budget or the provider said no: nothing more is asked, but contexts are still collected."""
+
+    def __post_init__(self) -> None:
+        self._free = asyncio.Semaphore(self.waiting)
+
+    async def label(self, contexts: Contexts | None) -> None:
+        """Labels each selected latent that has no label yet. With `contexts`, stores them as they come and labels each
+        latent at once, while others are still being collected; without, they stand in the store already."""
+        selected = self.store.selected(self.run_id)
+        labels = self.store.labels(self.run_id, self.labeler.name)
+        done = {latent for latent in selected if latent in labels and labels[latent].status in FINISHED}
+        self.reporter.start("labels", len(selected))
+        self.reporter.advance("labels", len(done))
+        async with _gathering() as tasks:
+            async for latent in self._stored(contexts) if contexts is not None else _each(selected):
+                if latent not in done:
+                    tasks.create_task(self._guarded(lambda latent=latent: self._label(latent), "labels"))
+        self._raise_halt()
+        if self.labeler.name == "lexical":
+            await self._name_targets()
+
+    async def score(self) -> None:
+        """Scores every usable label that has no score yet, beside the label of another latent as the null."""
+        labels = self.store.labels(self.run_id, self.labeler.name)
+        found = [labels[j] for j in self.store.selected(self.run_id) if j in labels and usable(labels[j])]
+        done = scored(self.store, self.run_id, self.labeler.name)
+        self.reporter.start("scores", len(found) * len(self.scorers))
+        async with _gathering() as tasks:
+            for scorer in self.scorers:
+                for at, label in enumerate(found):
+                    if (label.latent, scorer.name) in done:
+                        self.reporter.advance("scores")
+                        continue
+                    wrong = wrong_label(found, at)
+                    tasks.create_task(
+                        self._guarded(lambda s=scorer, right=label, w=wrong: self._score(s, right, w), "scores")
+                    )
+        self._raise_halt()
+
+    def complete(self) -> bool:
+        """Whether every selected latent has a usable label."""
+        labels = self.store.labels(self.run_id, self.labeler.name)
+        return all(j in labels and usable(labels[j]) for j in self.store.selected(self.run_id))
+
+    async def _stored(self, contexts: Contexts) -> AsyncIterator[int]:
+        """The latents whose contexts are committed, one by one."""
+        self.reporter.start("contexts", len(self.store.selected(self.run_id)))
+        async for latent, found, predictions in contexts:
+            self.stop.check()
+            await asyncio.wrap_future(self.store.write_contexts(self.run_id, latent, found, predictions))
+            self.reporter.advance("contexts")
+            yield latent
+        self.store.upsert("runs", [{"run_id": self.run_id, "stage": "collect"}])
+
+    async def _label(self, latent: int) -> None:
+        evidence = await asyncio.to_thread(self.store.evidence, self.run_id, latent)
+        label = await self.labeler.label(evidence)
+        await asyncio.wrap_future(self.store.write_label(self.run_id, label))
+
+    async def _score(self, scorer: Scorer, label: Label, wrong: Label | None) -> None:
+        evidence = await asyncio.to_thread(self.store.evidence, self.run_id, label.latent)
+        await asyncio.wrap_future(self.store.write_score(self.run_id, await scorer.score(evidence, label, wrong)))
+
+    async def _guarded(self, work: Callable[[], Awaitable[None]], stage: str) -> None:
+        """One unit of work, unless all is over; a spent budget or a provider's no halts the others, not the run."""
+        async with self._free:
+            self.stop.check()
+            if self.halted is not None:
+                return
+            try:
+                await work()
+            except (BudgetError, ProviderError) as error:
+                self.halted = self.halted or error
+                return
+            self.reporter.advance(stage, 1, self._spent())
+
+    def _raise_halt(self) -> None:
+        if self.halted is not None:
+            raise self.halted
+
+    def _spent(self) -> str:
+        engine = getattr(self.labeler, "engine", None)
+        return f"${engine.spend.usd + engine.spend.usd_in_doubt:.4f}" if engine is not None else ""
+
+    async def _name_targets(self) -> None:
+        """Second look at lexical effects, now that the latents they speak of have labels."""
+        labels = self.store.labels(self.run_id, "lexical")
+        names = {latent: label.label for latent, label in labels.items() if label.label and label.label != NO_RULE}
+        for latent, label in labels.items():
+            effect = effect_sentence(self.store.evidence(self.run_id, latent), names)
+            if effect != label.effect:
+                row = {"run_id": self.run_id, "latent": latent, "labeler": "lexical", "effect": effect}
+                self.store.upsert("labels", [row])
+        await self.store.aflush()
+
+
+def wrong_label(found: Sequence[Label], at: int) -> Label | None:
+    """Another latent's label, as far away in rank as there is, and one that claims something where possible."""
+    n, own = len(found), found[at]
+    others = [found[(at + n // 2 + step) % n] for step in range(n)]
+    others = [other for other in others if other.latent != own.latent and other.label != own.label]
+    claiming = [other for other in others if own.rule is None or other.rule is not None]
+    return next(iter(claiming or others), None)
+
+
+async def _each(latents: Sequence[int]) -> AsyncIterator[int]:
+    for latent in latents:
+        yield latent
+
+
+@contextlib.asynccontextmanager
+async def _gathering() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group that raises the first real error itself, not a group of them."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as group:
+        errors = [error for error in _leaves(group) if not isinstance(error, asyncio.CancelledError)]
+        if any(isinstance(error, Interrupted | StoppedByUser) for error in errors):
+            raise StoppedByUser("interrupted") from None
+        raise errors[0] from None
+
+
+def _leaves(group: BaseExceptionGroup) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        yield from _leaves(error) if isinstance(error, BaseExceptionGroup) else (error,)
