@@ -151,12 +151,12 @@ def check_inputs(model: nn.Module, tokenizer: Any = None, *, progress: bool = Fa
 
     trained = bare(model)
     with undisturbed(trained), tempfile.TemporaryDirectory() as folder:
+        pair = untrained_pair_of(trained, options.get("base"))
         job = _job(save_placeholder(Path(folder)), trained, **options)
         check_labeler(job.labeler, job.settings("?"))
         check_scorers(job)
         if job.db.exists():
             Store.open(job.db, "read").close()
-        pair = untrained_pair_of(trained, options.get("base"))
         settings = dataclasses.replace(job.run.settings, device="cpu")  # the dictionary's: leave a GPU's memory alone
         run = dataclasses.replace(job.run, settings=settings)
         Evidence.load(run, pair=pair, tokenizer=_own_tokenizer(tokenizer, job)).close()

@@ -41,7 +41,7 @@ def trainer(out: Path, steps: int, callbacks: list[TrainerCallback], **arguments
         "max_steps": steps,
         "per_device_train_batch_size": 8,
         "learning_rate": 2e-3,
-        "logging_steps": 20,
+        "logging_steps": 10,
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,
@@ -66,17 +66,18 @@ def windows(tokenizer: Any) -> list[dict[str, list[int]]]:
     return [{"input_ids": window, "labels": window} for window in cut]
 
 
-def main(out: Path = Path("results/train_with_callback"), steps: int = 60, max_tokens: int = 60_000) -> None:
+def main(out: Path = Path("results/train_with_callback"), steps: int = 40, max_tokens: int = 40_000, top: int = 10):
+    """Trains, and prints the latents that changed."""
     labels = autointerp.LabelCallback(
         sae=ORGANISM / "sae",
         corpus=ORGANISM / "corpus.jsonl",
         max_tokens=max_tokens,
-        top=20,
+        top=top,
         db=out / "labels.duckdb",
     )
     trainer(out, steps, [labels]).train()
     if labels.results is not None:
-        print(labels.results.sql("SELECT rank, latent, role, change, label, effect FROM changed_latents ORDER BY rank"))
+        print(labels.results.sql("SELECT rank, latent, label, effect FROM changed_latents ORDER BY rank"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from autointerp import cli
 from autointerp.demo import ORGANISM
 from autointerp.errors import InputError
 from autointerp.in_memory import bare
+from autointerp.progress import Reporter
 from autointerp.results import Results
 from autointerp.training import LabelCallback, check_inputs, label_model
 
@@ -92,6 +93,23 @@ class Trained(NamedTuple):
     db: Path
     before: Watch
     after: Watch
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.trainer.processing_class
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: where cores are shared, two threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -208,29 +226,30 @@ def test_only_the_main_process_labels(trained: Trained, tmp_path: Path, caplog: 
     assert not list(tmp_path.iterdir())
 
 
+class Interrupting(Reporter):
+    """Presses Ctrl-C once the corpus is being read, and gives the other thread time to notice."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def advance(self, stage: str, n: int = 1, note: str = "") -> None:
+        if not self.pressed:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.pressed = True
+        time.sleep(0.01)
+
+
 def test_ctrl_c_ends_the_labelling_and_not_the_training(
-    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    db, model = tmp_path / "a.duckdb", trained.trainer.model
-    assert model is not None
-    callback = LabelCallback(**{**SMALL, "tokens_per_batch": 256}, db=db, run_dir=tmp_path / "run")
-    args, state, tokenizer = (
-        TrainingArguments(str(tmp_path), report_to=[]),
-        TrainerState(),
-        trained.trainer.processing_class,
-    )
-
-    def interrupt() -> None:
-        while not db.exists():  # made when the model is about to read the corpus
-            time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    callback.on_train_begin(args, state, None, model=model, processing_class=tokenizer)
+    monkeypatch.setattr("autointerp.training._Log", Interrupting)
+    model = trained.model
+    options = {**SMALL, "tokens_per_batch": 256, "db": tmp_path / "a.duckdb"}
+    callback = LabelCallback(**options, run_dir=tmp_path / "run")
+    args, state = TrainingArguments(str(tmp_path), report_to=[]), TrainerState()
+    callback.on_train_begin(args, state, None, model=model, processing_class=trained.tokenizer)
     before = state_of(model)
-    thread = threading.Thread(target=interrupt, daemon=True)
-    thread.start()
-    callback.on_train_end(args, state, None, model=model, processing_class=tokenizer)
-    thread.join()
+    callback.on_train_end(args, state, None, model=model, processing_class=trained.tokenizer)
     check_same(before, state_of(model))
     assert callback.results is None
     assert ["interrupted" in record.getMessage() for record in caplog.records] == [True]
@@ -238,14 +257,9 @@ def test_ctrl_c_ends_the_labelling_and_not_the_training(
 
 
 def test_it_works_inside_a_running_event_loop(trained: Trained, tmp_path: Path):
-    model = trained.trainer.model
-    assert model is not None
-
     async def cell() -> Results:
-        options = {**SMALL, "selector": "random", "top": 2, "max_tokens": 6000}
-        return label_model(
-            model, trained.trainer.processing_class, run_dir=tmp_path, db=tmp_path / "a.duckdb", **options
-        )
+        options = {**SMALL, "selector": "random", "top": 2, "max_tokens": 6000, "db": tmp_path / "a.duckdb"}
+        return label_model(trained.model, trained.tokenizer, run_dir=tmp_path, **options)
 
     results = asyncio.run(cell())
     assert results.status == "done"
@@ -255,7 +269,7 @@ def test_it_works_inside_a_running_event_loop(trained: Trained, tmp_path: Path):
 def test_a_fully_trained_model_is_held_against_its_base(tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(ORGANISM / "model", dtype=torch.float32).train()
+    model: Any = AutoModelForCausalLM.from_pretrained(ORGANISM / "model", dtype=torch.float32).train()
     torch.manual_seed(0)
     with torch.no_grad():
         weight = model.transformer.h[1].mlp.c_proj.weight
@@ -274,8 +288,7 @@ def test_a_fully_trained_model_is_held_against_its_base(tmp_path: Path):
 
 
 def test_wrappers_are_taken_off_and_shards_refused(trained: Trained):
-    model = trained.trainer.model
-    assert model is not None
+    model = trained.model
     assert bare(nn.DataParallel(model)) is model
     wrapped = nn.Module()
     wrapped._orig_mod = model  # as torch.compile leaves it
@@ -292,13 +305,13 @@ def test_wrappers_are_taken_off_and_shards_refused(trained: Trained):
 
 
 def test_the_example_prints_the_changed_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    EXAMPLE.main(tmp_path, steps=3, max_tokens=12_000)
+    EXAMPLE.main(tmp_path, steps=2, max_tokens=10_000, top=3)
     printed = capsys.readouterr().out
     assert "latent" in printed
     assert f"{autointerp.open(tmp_path / 'labels.duckdb').sql('FROM changed_latents').table.num_rows} rows" in printed
 
 
-def test_naming_the_callback_loads_it_and_importing_the_package_does_not():
-    code = "import sys, autointerp; print('torch' in sys.modules, autointerp.LabelCallback.__name__, 'torch' in sys.modules)"
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, autointerp; assert 'LabelCallback' in dir(autointerp); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "LabelCallback", "True"]
+    assert done.stdout.split() == ["False"]

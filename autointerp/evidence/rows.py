@@ -25,6 +25,8 @@ N_TOKENS = 10
 N_STATES = 64
 """Firing tokens over which the change of log-probabilities is averaged."""
 HINT_TOKENS = 3
+MIN_OCCURRENCES = 5
+"""Occurrences in the corpus from which a token is shown as promoted or suppressed."""
 PROBABLE = 1e-3
 """Mean probability from which a token counts as suppressed."""
 
@@ -54,8 +56,9 @@ def read_rows(
         return writes
     directions = {j: rows[j] for j in kept} | {j: fitted.W_dec[j] for j in revived}
     states = firing_states(spool, dictionary, kept, "base") | firing_states(spool, dictionary, revived, "adapted")
+    seen = torch.from_numpy(spool.seen(model.vocab_size, MIN_OCCURRENCES))
     for j, (x, z) in states.items():
-        writes += _token_writes(j, token_effects(model, x, z[:, None] * directions[j].float()), decode)
+        writes += _token_writes(j, token_effects(model, x, z[:, None] * directions[j].float()), seen, decode)
     return writes
 
 
@@ -117,16 +120,17 @@ def _latent_writes(latent: int, targets: list[tuple[int, float]], hints: dict[in
     return writes
 
 
-def _token_writes(latent: int, effects: TokenEffects, decode: Callable[[int], str]) -> list[Write]:
+def _token_writes(latent: int, effects: TokenEffects, seen: Tensor, decode: Callable[[int], str]) -> list[Write]:
     """Promoted tokens by their gain alone: the layers above have yet to make them probable. Suppressed ones
-    only among those that were probable before: there is nothing to suppress in the others."""
+    only among those that were probable before: there is nothing to suppress in the others. Tokens that the corpus
+    hardly holds (`seen` [vocabulary]) are left out: of those, a model's probabilities are noise."""
     kinds: tuple[tuple[WriteKind, Tensor], ...] = (
         ("promotes", effects.change),
         ("suppresses", (-effects.change).masked_fill(effects.before < PROBABLE, 0.0)),
     )
     writes: list[Write] = []
     for kind, strength in kinds:
-        values, ids = strength.topk(min(N_TOKENS, len(strength)))
+        values, ids = strength.masked_fill(~seen[: len(strength)], 0.0).topk(min(N_TOKENS, len(strength)))
         tokens = [token for value, token in zip(values.tolist(), ids.tolist(), strict=True) if value > 0]
         for rank, token in enumerate(tokens, start=1):
             writes.append(Write(latent, kind, None, decode(token), float(effects.change[token]), rank))

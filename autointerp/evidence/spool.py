@@ -91,6 +91,13 @@ class Spool:
         """Document token ids of a sequence [t]."""
         return self._ids[sequence]
 
+    def seen(self, vocabulary: int, at_least: int) -> np.ndarray:
+        """Whether each token id occurs at least so often in the corpus [vocabulary]."""
+        counts = np.zeros(vocabulary, dtype=np.int64)
+        for ids in self._ids:
+            np.add.at(counts, ids, 1)
+        return counts >= at_least
+
     def read(self, sequences: np.ndarray) -> Stretch:
         """The given sequences (sorted indices)."""
         lengths = [self._offsets[s + 1] - self._offsets[s] for s in sequences]

@@ -171,8 +171,7 @@ class MapMoments:
         codes, changes, all_signs = zip(*self._pending, strict=True)
         self._pending = []
         z, change, signs = csr_matrix(vstack(codes)), np.concatenate(changes), np.concatenate(all_signs)
-        gram = (z.T.tocsr() @ z).tocoo()
-        self.G[gram.row, gram.col] += gram.data
+        self.G += (z.T.tocsr() @ z).toarray()
         self.S += change.T @ change
         self.fired += np.bincount(z.indices, minlength=len(self.fired))
         # Tokens with the same signs need one product for all decoys, and n_decoys signs have few patterns.

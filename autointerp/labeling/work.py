@@ -14,7 +14,7 @@ from autointerp.labeling.lexical import NO_RULE
 from autointerp.labeling.llm.faults import Interrupted
 from autointerp.progress import Reporter
 from autointerp.records import Context, Label, Prediction
-from autointerp.stopping import Stop, StoppedByUser
+from autointerp.stopping import Stop
 from autointerp.store import Store
 
 FINISHED = ("ok", "known", "refused")
@@ -96,7 +96,8 @@ class Work:
         """The latents whose contexts are committed, one by one."""
         self.reporter.start("contexts", len(self.store.selected(self.run_id)))
         async for latent, found, predictions in contexts:
-            self.stop.check()
+            if self.stop.asked:
+                return
             await asyncio.wrap_future(self.store.write_contexts(self.run_id, latent, found, predictions))
             self.reporter.advance("contexts")
             yield latent
@@ -112,19 +113,22 @@ class Work:
         await asyncio.wrap_future(self.store.write_score(self.run_id, await scorer.score(evidence, label, wrong)))
 
     async def _guarded(self, work: Callable[[], Awaitable[None]], stage: str) -> None:
-        """One unit of work, unless all is over; a spent budget or a provider's no halts the others, not the run."""
+        """One unit of work, unless all is over; a spent budget or a provider's no halts the others, not the run, and
+        what is under way when Ctrl-C comes is finished."""
         async with self._free:
-            self.stop.check()
-            if self.halted is not None:
+            if self.halted is not None or self.stop.asked:
                 return
             try:
                 await work()
+            except Interrupted:
+                return
             except (BudgetError, ProviderError) as error:
                 self.halted = self.halted or error
                 return
             self.reporter.advance(stage, 1, self._spent())
 
     def _raise_halt(self) -> None:
+        self.stop.check()
         if self.halted is not None:
             raise self.halted
 
@@ -148,7 +152,8 @@ def wrong_label(found: Sequence[Label], at: int) -> Label | None:
     """Another latent's label, as far away in rank as there is, and one that claims something where possible."""
     n, own = len(found), found[at]
     others = [found[(at + n // 2 + step) % n] for step in range(n)]
-    others = [other for other in others if other.latent != own.latent and other.label != own.label]
+    others = [other for other in others if (other.label, other.explanation) != (own.label, own.explanation)]
+    others.sort(key=lambda other: other.label == own.label)  # stable: one of another name where there is one
     claiming = [other for other in others if own.rule is None or other.rule is not None]
     return next(iter(claiming or others), None)
 
@@ -166,8 +171,6 @@ async def _gathering() -> AsyncIterator[asyncio.TaskGroup]:
             yield tasks
     except BaseExceptionGroup as group:
         errors = [error for error in _leaves(group) if not isinstance(error, asyncio.CancelledError)]
-        if any(isinstance(error, Interrupted | StoppedByUser) for error in errors):
-            raise StoppedByUser("interrupted") from None
         raise errors[0] from None
 
 

@@ -1,5 +1,6 @@
 """Bad input: exit status 2, one line on standard error that names the input and the mend, and nothing changed."""
 
+# ruff: noqa: E501 (a table of cases reads best with a case on a line)
 from __future__ import annotations
 
 import json
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..tiny import save_lora, save_model
-from .world import CONTEXT, Shell, World, save_sae
+from .world import Shell, World, save_sae
 
 ADAPTER_WEIGHTS, SAE_WEIGHTS = "adapter/adapter_model.safetensors", "sae/sae_weights.safetensors"
 BASE_WEIGHTS = "base/model.safetensors"

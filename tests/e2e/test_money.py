@@ -127,7 +127,8 @@ def test_the_budget_is_kept_and_a_larger_one_goes_on(copied: World, shell: Shell
         assert says.status == 4
         assert server.requests == []
         assert "the same command with a larger --max-usd goes on from here" in " ".join(says.err.split())
-        cap = free.server.bill.usd / 2
+        (dearest,) = read(tmp_path / "free.duckdb", "SELECT max(usd_estimated) AS usd FROM calls")
+        cap = 1.5 * dearest["usd"]  # a call that might not fit is not made
         assert shell(*copied.args(labeler=MODELS["openai"], max_usd=cap)).status == 4
         assert 0 < server.server.bill.usd <= cap
         assert read(copied.db, "SELECT status FROM runs") == [{"status": "budget"}]
@@ -203,7 +204,7 @@ def test_a_dry_run_spends_nothing_and_brackets_the_bill(
         assert copied.db.read_bytes() == before
         assert shell(*copied.args(labeler=MODELS[provider])).status == 0
         assert (plan["latents"], plan["calls"]) == (K, len(server.requests))
-        assert plan["usd_low"] <= server.server.bill.usd <= plan["usd_high"] < 5 * plan["usd_low"]
+        assert plan["usd_low"] <= server.server.bill.usd <= plan["usd_high"] < 8 * plan["usd_low"]
         left = json.loads(shell(*copied.args(labeler=MODELS[provider], dry_run=True, json=True)).out)
         assert (left["calls"], left["usd_high"]) == (0, 0)
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -227,9 +228,7 @@ def test_a_dry_run_before_there_is_evidence(world: World, tmp_path: Path, shell:
     assert "0 calls to lexical" in says.out
 
 
-def test_scores_that_are_missing_are_counted_in_a_dry_run_and_asked_for(
-    copied: World, shell: Shell, use: Any
-) -> None:
+def test_scores_that_are_missing_are_counted_in_a_dry_run_and_asked_for(copied: World, shell: Shell, use: Any) -> None:
     asked = 0
 
     def labels_only(system: str, user: str) -> str:

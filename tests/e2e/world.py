@@ -19,9 +19,8 @@ from ..tiny import WIDTH, model, save_lora, tokenizer
 
 M, HOOK = 64, "blocks.2.hook_resid_post"
 CONTEXT = 32
-WORDS = (
-    "the cat sat on a mat while the old dog ran to another house and slept near its warm red door until dawn".split()
-)
+_SENTENCE = "the cat sat on a mat while the old dog ran to another house and slept near its warm red door until dawn"
+WORDS = _SENTENCE.split()
 
 
 @dataclass(frozen=True)

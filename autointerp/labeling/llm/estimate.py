@@ -67,7 +67,9 @@ def estimate(
         if needs_engine(item := SCORERS.get(scorer)):
             planned += [plan for evidence in waiting for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
     price = find_price(model, settings.prices_path) if model else Price(0, 0, 0, 0)
-    low, typical, high = (_tokens(planned, b, o) for b, o in zip(BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True))
+    least = [plan for plan in planned if plan.certain]
+    spreads = zip((least, planned, planned), BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True)
+    low, typical, high = (_tokens(asked, n_bytes, output) for asked, n_bytes, output in spreads)
     quick, slow = (_seconds(len(planned), sum(typical), s, settings) for s in SECONDS_PER_CALL)
     usd_low, usd_high = (price.usd(*low), price.usd(*high)) if price else (None, None)
     return Estimate(len(planned), *typical, usd_low, usd_high, quick, slow)

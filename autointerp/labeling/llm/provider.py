@@ -67,6 +67,8 @@ class Planned:
 
     request: Request
     output_tokens: int
+    certain: bool = True
+    """False for one that some answers to earlier questions make needless."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class DetectionScorer:
         texts = [example.text for example in examples_of(evidence, seed=0)]
         batches = [texts[i : i + PER_CALL] for i in range(0, len(texts), PER_CALL)]
         asked = [detect_request(prompts, "x" * 40, "x" * 160, batch) for batch in batches]
-        return [Planned(request, TYPICAL_OUTPUT_TOKENS) for request in asked] * 2
+        # The second time with a wrong label, where the labels leave one to ask about.
+        return [Planned(request, TYPICAL_OUTPUT_TOKENS, certain) for certain in (True, False) for request in asked]
 
     async def score(self, evidence: LatentEvidence, label: Label, wrong: Label | None) -> Score:
         """`n_examples` windows were judged; `n_missing` more were asked about without a usable answer.
