@@ -45,7 +45,7 @@ class Settings:
     """Selectors by name; the first one ranks."""
     fdr: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """False discovery rate of the tests."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     """A torch device; `auto` takes a GPU where there is one."""

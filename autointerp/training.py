@@ -169,7 +169,7 @@ def summary(results: Results) -> list[str]:
         "SELECT latent, label, effect FROM changed_latents WHERE run_id = ? ORDER BY rank", [results.run_id]
     ).fetchall()
     covered = "" if run["coverage"] is None else f", {run['coverage']:.0%} of the change"
-    lines = [f"autointerp: {len(rows)} of {run['d_sae']:,} latents changed{covered} ({run['n_tokens']:,} tokens read)"]
+    lines = [f"autointerp: {len(rows)} of {run['d_sae']:,} latents selected{covered} ({run['n_tokens']:,} tokens read)"]
     for latent, label, effect in rows[:SHOWN]:
         lines.append(visible(f"  {latent:>6}  {label or 'no label'}{f' → {effect}' if effect else ''}"))
     return [*lines, shlex.join(["autointerp", "show", "--run-id", results.run_id, "--db", results.path])]

@@ -68,6 +68,7 @@ def windows(tokenizer: Any) -> list[dict[str, list[int]]]:
 
 def main(out: Path = Path("results/train_with_callback"), steps: int = 40, max_tokens: int = 40_000, top: int = 10):
     """Trains, and prints the latents that changed."""
+    torch.set_num_threads(1)  # for a model this small, the threads would only wait for each other
     labels = autointerp.LabelCallback(
         sae=ORGANISM / "sae",
         corpus=ORGANISM / "corpus.jsonl",

@@ -258,7 +258,7 @@ def test_ctrl_c_ends_the_labelling_and_not_the_training(
 
 def test_it_works_inside_a_running_event_loop(trained: Trained, tmp_path: Path):
     async def cell() -> Results:
-        options = {**SMALL, "selector": "random", "top": 2, "max_tokens": 6000, "db": tmp_path / "a.duckdb"}
+        options = {**SMALL, "selector": "random", "top": 2, "max_tokens": 3000, "db": tmp_path / "a.duckdb"}
         return label_model(trained.model, trained.tokenizer, run_dir=tmp_path, **options)
 
     results = asyncio.run(cell())
@@ -276,7 +276,7 @@ def test_a_fully_trained_model_is_held_against_its_base(tmp_path: Path):
         weight += 0.3 * weight.std() * torch.randn_like(weight)
     with pytest.raises(InputError, match="give base="):
         check_inputs(model, **SMALL)
-    options = {**SMALL, "selector": "random", "top": 2, "max_tokens": 6000, "base": ORGANISM / "model"}
+    options = {**SMALL, "selector": "random", "top": 2, "max_tokens": 3000, "base": ORGANISM / "model"}
     check_inputs(model, **options)
     before = state_of(model)
     results = label_model(model, run_dir=tmp_path, db=tmp_path / "a.duckdb", **options)

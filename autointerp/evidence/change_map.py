@@ -82,7 +82,13 @@ def _inverse(A: Tensor) -> Tensor:
 def _whitening(covariance: Tensor) -> Tensor:
     """Inverse of a covariance [d, d]; the floor keeps directions in which nothing varies from dividing by zero."""
     floor = 1e-6 * covariance.diagonal().mean() + torch.finfo(covariance.dtype).tiny
-    return _inverse(covariance + floor * torch.eye(len(covariance), dtype=covariance.dtype))
+    floored = covariance + floor * torch.eye(len(covariance), dtype=covariance.dtype)
+    factor, failed = torch.linalg.cholesky_ex(floored)
+    if not failed:
+        return torch.cholesky_inverse(factor)
+    # With fewer tokens than latents a map leaves next to nothing, and rounding makes that negative.
+    values, vectors = torch.linalg.eigh(floored)
+    return (vectors / values.clamp_min(float(floor.abs()))) @ vectors.T
 
 
 class RowTest:
@@ -92,13 +98,9 @@ class RowTest:
         self.inverse = _inverse(ridged(G))
         self.ridge = ridge(G)
 
-    def rows(self, moments: Moments) -> Tensor:
-        """C [p, d] as `fit` gives it."""
-        return self.inverse @ moments.B
-
     def __call__(self, moments: Moments) -> Tensor:
         """Statistic of every row, [p], non-negative."""
-        C = self.rows(moments)
+        C = self.inverse @ moments.B
         # (G + Λ) C = B, so Σ‖Δx − Cᵀz‖² = S − CᵀB − BᵀC + CᵀGC = S − BᵀC − CᵀΛC.
         residual = moments.S - moments.B.T @ C - C.T @ (self.ridge[:, None] * C)
         whitened = C @ _whitening(residual / max(moments.n - 1, 1))
@@ -132,18 +134,18 @@ def without(many: Sequence[Moments], rows: Sequence[int] | np.ndarray) -> tuple[
     Returns them, over the other latents alone, and which latents those are. A joint fit of the others is then one with
     free rows for these (Frisch & Waugh 1933).
     """
-    G, rows = many[0].G, torch.as_tensor(rows, dtype=torch.long)
+    G, out = many[0].G, torch.as_tensor(rows, dtype=torch.long)
     others = torch.ones(len(G), dtype=torch.bool)
-    others[rows] = False
-    cross, shrink = G[rows][:, others], ridge(G)[rows, None]
-    factor = torch.linalg.cholesky(G[rows][:, rows] + torch.diag(shrink[:, 0]))
+    others[out] = False
+    cross, shrink = G[out][:, others], ridge(G)[out, None]
+    factor = torch.linalg.cholesky(G[out][:, out] + torch.diag(shrink[:, 0]))
     A = torch.cholesky_solve(cross, factor)
     left_G = G[others][:, others] - cross.T @ A
     left = []
     for moments in many:
-        X = torch.cholesky_solve(moments.B[rows], factor)
-        S = moments.S - moments.B[rows].T @ X - X.T @ (shrink * X)
-        left.append(Moments(moments.n, left_G, moments.B[others] - A.T @ moments.B[rows], S))
+        X = torch.cholesky_solve(moments.B[out], factor)
+        S = moments.S - moments.B[out].T @ X - X.T @ (shrink * X)
+        left.append(Moments(moments.n, left_G, moments.B[others] - A.T @ moments.B[out], S))
     return left, np.flatnonzero(others.numpy())
 
 
@@ -189,26 +191,40 @@ def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
 def decompose(
     row: Tensor, W_dec: Tensor, n: int, own: int | None = None, stop: float = 0.02
 ) -> list[tuple[int, float]]:
-    """A direction as a few decoder directions, row ≈ Σ a_i d_i, by orthogonal matching pursuit: [(latent, a_i)].
+    """A direction as a few decoder directions, row ≈ Σ a_i d_i: [(latent, a_i)]; see `decompose_all`."""
+    return decompose_all(row[None], W_dec, n, None if own is None else [own], stop)[0]
 
-    row [d], W_dec [m, d]. At most n directions, besides the latent's own, which is always first when given. Stops when
-    the next direction would lower the squared residual by less than `stop` of ‖row‖².
+
+def decompose_all(
+    rows: Tensor, W_dec: Tensor, n: int, own: Sequence[int] | None = None, stop: float = 0.02
+) -> list[list[tuple[int, float]]]:
+    """Each row as a few decoder directions, row ≈ Σ a_i d_i, by orthogonal matching pursuit: [(latent, a_i)] a row.
+
+    rows [r, d], W_dec [m, d]. At most n directions, besides the row's own, which is always first when given. Stops when
+    the next direction would lower the squared residual by less than `stop` of ‖row‖². Empty for a row of zeros.
     """
-    total = row.square().sum()
-    if total == 0:
-        return []
+    total = rows.square().sum(1)
     norms = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
-    chosen = [own] if own is not None else []
-    coefficients, left = _project(row, W_dec, chosen)
+    chosen = [[own[at]] if own is not None and total[at] else [] for at in range(len(rows))]
+    parts = [_project(row, W_dec, mine) for row, mine in zip(rows, chosen, strict=True)]
+    going = [at for at in range(len(rows)) if total[at]]
     for _ in range(n):
-        fit = (W_dec @ left).abs() / norms
-        fit[chosen] = -1
-        best = int(fit.argmax())
-        if fit[best].square() < stop * total:
+        if not going:
             break
-        chosen.append(best)
-        coefficients, left = _project(row, W_dec, chosen)
-    return [(latent, float(a)) for latent, a in zip(chosen, coefficients, strict=True)]
+        # All rows at once: W_dec is larger than any cache, and reading it is what this costs.
+        fits = (torch.stack([parts[at][1] for at in going]) @ W_dec.T).abs_().div_(norms)
+        left_at, going = going, []
+        for at, fit in zip(left_at, fits, strict=True):
+            fit[chosen[at]] = -1
+            best = int(fit.argmax())
+            if fit[best].square() >= stop * total[at]:
+                chosen[at].append(best)
+                parts[at] = _project(rows[at], W_dec, chosen[at])
+                going.append(at)
+    return [
+        [(latent, float(a)) for latent, a in zip(mine, coefficients, strict=True)]
+        for mine, (coefficients, _) in zip(chosen, parts, strict=True)
+    ]
 
 
 def _project(row: Tensor, W_dec: Tensor, chosen: list[int]) -> tuple[Tensor, Tensor]:

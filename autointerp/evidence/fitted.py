@@ -27,9 +27,10 @@ class FittedMap:
         self.statistics = statistics
         self.tracked = statistics.tracked
         self.W_dec = W_dec.detach().double().cpu()
-        self._centre = statistics.centre
-        self.fit_half = statistics.fit.moments(*self._centre)
-        self.held_half = statistics.held.moments(*self._centre)
+        centre = statistics.centre(by_place=False)
+        self._mean = centre[0][0]
+        self.fit_half = statistics.fit.moments(*centre)
+        self.held_half = statistics.held.moments(*centre)
         self._index = {int(latent): at for at, latent in enumerate(self.tracked)}
 
     @cached_property
@@ -53,18 +54,12 @@ class FittedMap:
         """Held-out R² of the map with all its latents; None when no document was held out."""
         if not self.held_half.n or not self.fit_half.n or not self.changed:
             return None
-        return change_map.explained(self.held_half, range(len(self.tracked)), self._row_test.rows(self.fit_half))
-
-    @cached_property
-    def _row_test(self) -> RowTest:
-        """Of the fit half; its inverse is the dearest thing here."""
-        return RowTest(self.fit_half.G)
+        return change_map.explained(self.held_half, range(len(self.tracked)), change_map.fit(self.fit_half))
 
     @cached_property
     def size(self) -> np.ndarray:
         """change [p]: ‖c_j‖ · √E[z_j²], root mean square norm of what the row writes, in residual-norm units."""
-        mean, _ = self._centre
-        mean_square = self.all_tokens.G.diagonal() / max(self.all_tokens.n, 1) + torch.from_numpy(mean**2)
+        mean_square = self.all_tokens.G.diagonal() / max(self.all_tokens.n, 1) + torch.from_numpy(self._mean**2)
         return (self.rows.norm(dim=1) * mean_square.sqrt()).numpy()
 
     @cached_property
@@ -83,24 +78,26 @@ class FittedMap:
         Row test and gain test each get half the level, so a q-value is twice the smaller of the two. The gain test
         knows no writes but a latent's own: what the rows that passed write is taken out before it, lest it leak into
         the gains of latents that fire with them. Both see the fit half only, which leaves the held-out figures
-        untouched.
+        untouched, and centre it place by place: where in a sequence a token stands says by itself much of how it is
+        changed, since early tokens have little context, and that is no latent's doing.
         """
         statistic, q = np.full((2, len(self.tracked)), np.nan)
         tested = self.statistics.fit_fired() >= MIN_FIRINGS
         if not self.changed or not tested.any():
             return statistic, q
-        moments = [self.fit_half, *self.statistics.fit.decoys(self.fit_half, *self._centre)]
-        row, *decoys = (self._row_test(of).numpy()[tested] for of in moments)
-        statistic[tested] = row
-        q[tested] = change_map.q_values(row, np.stack(decoys))
+        half, centre = self.statistics.fit, self.statistics.centre(by_place=True)
+        target = half.moments(*centre)
+        moments = [target, *half.decoys(target, *centre)]
+        row_test = RowTest(target.G)
+        row, *decoys = (row_test(of).numpy()[tested] for of in moments)
+        statistic[tested], q[tested] = row, change_map.q_values(row, np.stack(decoys))
         passed = np.flatnonzero(q <= level / 2)
         moments, others = change_map.without(moments, passed)
-        others_tested = tested[others]
-        if others_tested.any():
+        at = others[tested[others]]
+        if len(at):
             gain_test = GainTest(moments[0], self.W_dec[self.tracked[others]])
-            gain, *decoys = (gain_test(of).numpy()[others_tested] for of in moments)
+            gain, *decoys = (gain_test(of).numpy()[tested[others]] for of in moments)
             gain_q = change_map.q_values(gain, np.stack(decoys), len(passed))
-            at = others[others_tested]
             statistic[at] = np.where(gain_q < q[at], gain, statistic[at])
             q[at] = np.minimum(q[at], gain_q)
         return statistic, np.minimum(2 * q, 1.0)
@@ -137,10 +134,9 @@ class FittedMap:
             np.mean([change_map.explained(self.held_half, p, change_map.refit(self.fit_half, p)) for p in picks])
         )
 
-    def row(self, latent: int) -> Tensor | None:
-        """c_j [d] of a latent, None for one outside the map."""
-        at = self._index.get(latent)
-        return None if at is None else self.rows[at]
+    def positions(self, latents: Sequence[int]) -> list[int]:
+        """Which of `rows` belong to these latents, all of the map."""
+        return [self._index[latent] for latent in latents]
 
     def rows_of(self, latents: Sequence[int]) -> dict[int, Tensor]:
         """c_j [d] of each latent of the map among `latents`, fitted jointly for these alone: the k-row map whose

@@ -96,16 +96,17 @@ class PairedModel:
         return x_base, x_adapted
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, ids: Tensor, *, last: bool = False) -> tuple[Tensor, Tensor]:
         """Next-token logits (base, adapted), each [b, t, vocabulary], of token ids [b, t], right-padded.
 
-        A vocabulary is large: give a few sequences at a time.
+        A vocabulary is large: give a few sequences at a time, or ask for those after the last position alone (t = 1).
         """
+        kept_logits = {"logits_to_keep": 1} if last else {}
         ids, n_shared = self._checked(ids), self._n_shared
         with self.pair.base() as model, self._kept(model, n_shared) as kept:
-            base = model(ids, use_cache=False).logits
+            base = model(ids, use_cache=False, **kept_logits).logits
         with self.pair.adapted() as model, self._passed_over(model, n_shared, kept.get("block")):
-            adapted = model(ids, use_cache=False).logits
+            adapted = model(ids, use_cache=False, **kept_logits).logits
         return base, adapted[..., : base.shape[-1]]
 
     @torch.inference_mode()

@@ -44,7 +44,7 @@ class Predictor:
         text = self.spool.ids(sequence)[: context.position - start + 1]
         ids = torch.from_numpy(np.concatenate([self.bos, text]).astype(np.int64))[None]
         found: list[Prediction] = []
-        for side, logits in zip(SIDES, self.model.logits(ids), strict=True):
+        for side, logits in zip(SIDES, self.model.logits(ids, last=True), strict=True):
             best = logits[0, -1].float().softmax(-1).topk(N_TOKENS)
             for rank, (p, token) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1):
                 found.append(Prediction(context.latent, context.context_id, side, rank, self.decode(token), p))

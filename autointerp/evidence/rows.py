@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autointerp.evidence.change_map import decompose
+from autointerp.evidence.change_map import decompose_all
 from autointerp.evidence.collector import activations
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.fitted import FittedMap
@@ -49,7 +49,9 @@ def read_rows(
     revived = [j for j in latents if j not in rows or (not base.fired[j] and adapted.fired[j])]
     kept = [j for j in rows if j not in revived]
     strength = mean_firing(fitted)
-    targets = {j: decompose(rows[j], fitted.W_dec, N_LATENTS, own=j)[1:] for j in kept}
+    stacked = torch.stack([rows[j] for j in kept]) if kept else torch.zeros(0, fitted.statistics.d).double()
+    decomposed = decompose_all(stacked, fitted.W_dec, N_LATENTS, own=kept)
+    targets = {j: found[1:] for j, found in zip(kept, decomposed, strict=True)}
     hints = _hints(sorted({t for pairs in targets.values() for t, _ in pairs}), model, dictionary, decode)
     writes = [write for j in kept for write in _latent_writes(j, [(t, a * strength[j]) for t, a in targets[j]], hints)]
     if not model.hook.on_stream:

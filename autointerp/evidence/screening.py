@@ -22,7 +22,8 @@ class Screen:
         self.left_out = 0.0
         """Share of Σ_j ‖B_j‖²/G_jj that belongs to latents outside the map."""
         self._tracked = np.arange(m) if m <= max_tracked else None
-        self._n = 0
+        self.seen = 0
+        """Counted tokens that were screened on."""
         if self._tracked is None:
             self._z, self._change = np.zeros(m), np.zeros(d)
             self._G, self._B = np.zeros(m), np.zeros((m, d), dtype=np.float32)
@@ -40,18 +41,18 @@ class Screen:
 
     def add(self, z: csr_matrix, change: np.ndarray) -> None:
         """z [n, m] of the base model, change [n, d]."""
-        self._n += len(change)
+        self.seen += len(change)
         self._z += np.asarray(z.sum(0)).ravel()
         self._change += change.sum(0, dtype=np.float64)
         self._G += np.bincount(z.indices, weights=z.data.astype(np.float64) ** 2, minlength=len(self._G))
         touched = np.unique(z.indices)
         self._B[touched] += z[:, touched].T.tocsr() @ change
-        if self._n >= self.budget:
+        if self.seen >= self.budget:
             self.finish()
 
     def finish(self) -> np.ndarray:
         """Chooses on what was seen."""
-        static = (self._change / max(self._n, 1)).astype(np.float32)
+        static = (self._change / max(self.seen, 1)).astype(np.float32)
         B = self._B - self._z[:, None].astype(np.float32) * static
         energy = np.einsum("ij,ij->i", B, B) / np.maximum(self._G, 1e-30)
         energy[self._G == 0] = 0

@@ -16,8 +16,11 @@ from scipy.sparse import csr_matrix, vstack
 from autointerp.evidence.change_map import Moments
 from autointerp.evidence.corpus import fit_rows
 
-N_DECOYS = 4
-"""Sign-flipped copies of the change: their number sets the finest rate that few discoveries can reach."""
+N_DECOYS = 8
+"""Sign-flipped copies of the change. At a false discovery rate of 5 %, halved for each of two tests, 40/N_DECOYS
+latents are the fewest that can pass."""
+N_PLACES = 16
+"""Equal parts of a sequence, over which the tests compare like with like."""
 PENDING_ROWS = 16384
 """Tokens whose codes are gathered before one sparse Gram product: adding it into the dense G costs as much for few as
 for many."""
@@ -40,6 +43,13 @@ class PairedCodes:
     """Index of each token's document in the shuffled corpus, [n]."""
     position: np.ndarray
     """Index of each token among its document's tokens, [n]."""
+    place: np.ndarray
+    """Part of its sequence that each token stands in, [n], 0 … N_PLACES − 1; see `place_of`."""
+
+
+def place_of(position: np.ndarray, piece: int) -> np.ndarray:
+    """`PairedCodes.place` of tokens by their index in their documents, which are cut into sequences of `piece`."""
+    return position % piece * N_PLACES // piece
 
 
 def decoy_signs(order: np.ndarray, position: np.ndarray, seed: int, span: int = 1024) -> np.ndarray:
@@ -138,39 +148,37 @@ def _square(x: np.ndarray) -> float:
 
 
 class MapMoments:
-    """Σ z, G, B, ΣΔx, ΣΔxΔxᵀ of the tracked latents over the tokens of one split, uncentred; for each decoy those that
-    hang on the change's sign, its first moment and B, and with them what centring them takes."""
+    """Σ z, G, B, ΣΔx, ΣΔxΔxᵀ of the tracked latents over the tokens of one split, uncentred. First moments are kept by
+    place, so that they can be centred place by place; decoys keep what hangs on the change's sign."""
 
-    _SUMS = ("n", "z", "fired", "G", "B", "change", "S", "decoy_n", "decoy_z", "decoy_change", "decoy_B")
+    _SUMS = ("n", "fired", "G", "S", "count", "z", "change", "B", "decoy_count", "decoy_z", "decoy_change", "decoy_B")
 
     def __init__(self, p: int, d: int, n_decoys: int):
         self.n = 0
-        self.z = np.zeros(p)
         self.fired = np.zeros(p, dtype=np.int64)
         self.G = np.zeros((p, p))
-        self.B = np.zeros((p, d))
-        self.change = np.zeros(d)
         self.S = np.zeros((d, d))
-        self.decoy_n = np.zeros(n_decoys)
-        self.decoy_z = np.zeros((n_decoys, p))
-        self.decoy_change = np.zeros((n_decoys, d))
-        self.decoy_B = np.zeros((n_decoys, p, d))
-        self._pending: list[tuple[csr_matrix, np.ndarray, np.ndarray]] = []
+        self.count, self.decoy_count = np.zeros(N_PLACES), np.zeros((n_decoys, N_PLACES))
+        self.z, self.decoy_z = np.zeros((N_PLACES, p)), np.zeros((n_decoys, N_PLACES, p))
+        self.change, self.decoy_change = np.zeros((N_PLACES, d)), np.zeros((n_decoys, N_PLACES, d))
+        self.B, self.decoy_B = np.zeros((p, d)), np.zeros((n_decoys, p, d))
+        self._pending: list[tuple[csr_matrix, np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add(self, z: csr_matrix, change: np.ndarray, signs: np.ndarray) -> None:
-        """z [n, p], change [n, d], signs [n, n_decoys]. The sums stand after `settle`."""
+    def add(self, z: csr_matrix, change: np.ndarray, place: np.ndarray, signs: np.ndarray) -> None:
+        """z [n, p], change [n, d], place [n], signs [n, n_decoys]. The sums stand after `settle`."""
         self.n += len(change)
-        self._pending.append((z, change, signs))
-        if sum(len(waiting) for _, waiting, _ in self._pending) >= PENDING_ROWS:
+        self._pending.append((z, change, place, signs))
+        if sum(len(waiting[1]) for waiting in self._pending) >= PENDING_ROWS:
             self.settle()
 
     def settle(self) -> MapMoments:
         """Adds the pending tokens into the sums; returns itself."""
         if not self._pending:
             return self
-        codes, changes, all_signs = zip(*self._pending, strict=True)
+        codes, *others = zip(*self._pending, strict=True)
         self._pending = []
-        z, change, signs = csr_matrix(vstack(codes)), np.concatenate(changes), np.concatenate(all_signs)
+        z = csr_matrix(vstack(codes))
+        change, place, signs = (np.concatenate(parts) for parts in others)
         self.G += (z.T.tocsr() @ z).toarray()
         self.S += change.T @ change
         self.fired += np.bincount(z.indices, minlength=len(self.fired))
@@ -178,21 +186,20 @@ class MapMoments:
         patterns, pattern = np.unique(signs, axis=0, return_inverse=True)
         for at, pattern_signs in enumerate(patterns):
             rows = np.flatnonzero(pattern.ravel() == at)
-            self._add_products(z[rows], change[rows], pattern_signs)
+            self._add_products(z[rows], change[rows], place[rows], pattern_signs)
         return self
 
-    def _add_products(self, z: csr_matrix, change: np.ndarray, signs: np.ndarray) -> None:
-        """Σ z, ΣΔx and B of tokens that all have these signs [n_decoys]."""
-        product, change_total = z.T @ change, change.sum(0, dtype=np.float64)
-        total = np.bincount(z.indices, weights=z.data, minlength=len(self.z))
-        self.z += total
-        self.change += change_total
-        self.B += product
+    def _add_products(self, z: csr_matrix, change: np.ndarray, place: np.ndarray, signs: np.ndarray) -> None:
+        """Counts, Σ z, ΣΔx and B of tokens that all have these signs [n_decoys]."""
+        at = csr_matrix((np.ones(len(place)), (place, np.arange(len(place)))), shape=(N_PLACES, len(place)))
+        count, total_z = np.bincount(place, minlength=N_PLACES), csr_matrix(at @ z).toarray()
+        sums = (count, total_z, at @ change, z.T @ change)
+        for total, added in zip((self.count, self.z, self.change, self.B), sums, strict=True):
+            total += added
+        decoys = (self.decoy_count, self.decoy_z, self.decoy_change, self.decoy_B)
         for r, sign in enumerate(signs):
-            self.decoy_n[r] += sign * len(change)
-            self.decoy_z[r] += sign * total
-            self.decoy_change[r] += sign * change_total
-            self.decoy_B[r] += sign * product
+            for total, added in zip(decoys, sums, strict=True):
+                total[r] += sign * added
 
     def __add__(self, other: MapMoments) -> MapMoments:
         self.settle()
@@ -203,21 +210,19 @@ class MapMoments:
         return result
 
     def moments(self, mean: np.ndarray, static: np.ndarray) -> Moments:
-        """Codes centred on their mean [p], the change on the static part [d]."""
+        """Codes centred on their mean [N_PLACES, p], the change on the static part [N_PLACES, d]."""
         self.settle()
-        left = self.change - self.n * static
-        G = self.G - np.outer(self.z, mean) - np.outer(mean, self.z) + self.n * np.outer(mean, mean)
-        B = self.B - np.outer(self.z, static) - np.outer(mean, left)
-        S = self.S - np.outer(self.change, static) - np.outer(static, left)
+        count = self.count[:, None]
+        left = self.change - count * static
+        G = self.G - self.z.T @ mean - mean.T @ self.z + mean.T @ (count * mean)
+        B = self.B - self.z.T @ static - mean.T @ left
+        S = self.S - self.change.T @ static - static.T @ left
         return Moments(self.n, _tensor(G), _tensor(B), _tensor(S))
 
     def decoys(self, target: Moments, mean: np.ndarray, static: np.ndarray) -> list[Moments]:
         """`target`, made by `moments`, with the change's sign flipped at random: no link between latents and change."""
-        left = self.decoy_change - self.decoy_n[:, None] * static
-        B = [
-            self.decoy_B[r] - np.outer(self.decoy_z[r], static) - np.outer(mean, left[r])
-            for r in range(len(self.decoy_n))
-        ]
+        sums = zip(self.decoy_count, self.decoy_z, self.decoy_change, self.decoy_B, strict=True)
+        B = (B - z.T @ static - mean.T @ (change - count[:, None] * static) for count, z, change, B in sums)
         return [Moments(self.n, target.G, _tensor(b), target.S) for b in B]
 
 
@@ -249,14 +254,19 @@ class ChangeStatistics:
         self.base.add(codes.base)
         self.adapted.add(codes.adapted)
         change = self.stream.add(codes, W_dec, b_dec)
-        if not len(self.tracked):
-            return
-        tracked = codes.base if len(self.tracked) == self.m else codes.base[:, self.tracked]
-        fit = fit_rows(codes.order)
-        if fit.any():
-            self.fit.add(tracked[fit], change[fit], decoy_signs(codes.order[fit], codes.position[fit], self.seed))
-        if not fit.all():
-            self.held.add(tracked[~fit], change[~fit], np.empty((int((~fit).sum()), 0)))
+        if len(self.tracked):
+            self.map(codes.base, change, codes.order, codes.position, codes.place)
+
+    def map(
+        self, z: csr_matrix, change: np.ndarray, order: np.ndarray, position: np.ndarray, place: np.ndarray
+    ) -> None:
+        """Adds tokens to the change map alone: base codes z [n, m], change [n, d]; see `PairedCodes` for the rest."""
+        tracked = z if len(self.tracked) == self.m else z[:, self.tracked]
+        fit = fit_rows(order)
+        signs = decoy_signs(order, position, self.seed)
+        for half, mine, n_decoys in ((self.fit, fit, N_DECOYS), (self.held, ~fit, 0)):
+            if mine.any():
+                half.add(tracked[mine], change[mine], place[mine], signs[mine, :n_decoys])
 
     def __add__(self, other: ChangeStatistics) -> ChangeStatistics:
         if (self.m, self.d, self.seed) != (other.m, other.d, other.seed) or not np.array_equal(
@@ -285,9 +295,12 @@ class ChangeStatistics:
         """δ̄ [d], the mean change over all counted tokens."""
         return self.stream.sum_change / max(self.n_tokens, 1)
 
-    @property
-    def centre(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean base codes [p] and mean change [d] over the tokens of the map, both halves."""
+    def centre(self, by_place: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Mean base codes [N_PLACES, p] and mean change [N_PLACES, d] over the tokens of the map, both halves: those of
+        each place, or of all tokens, the same in each row."""
         fit, held = self.fit.settle(), self.held.settle()
-        n = max(fit.n + held.n, 1)
-        return (fit.z + held.z) / n, (fit.change + held.change) / n
+        count, z, change = ((getattr(fit, name) + getattr(held, name)) for name in ("count", "z", "change"))
+        if not by_place:
+            count, z, change = (np.broadcast_to(total.sum(0), total.shape) for total in (count, z, change))
+        count = np.maximum(count, 1)[:, None]
+        return z / count, change / count

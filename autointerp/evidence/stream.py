@@ -15,7 +15,7 @@ from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
-from autointerp.evidence.statistics import ChangeStatistics, PairedCodes
+from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
 
 OUTLIER = 10.0
 """Tokens whose ‖x_base‖ exceeds this many medians are attention sinks, not text: left out on both sides."""
@@ -115,29 +115,32 @@ def measure(
         head.append(paired)
         if sum(int(p.batch.counted.sum()) for p in head) >= CALIBRATION_TOKENS:
             break
-    pass_ = _Pass(dictionary, screen, spool, corpus.seed)
+    pass_ = _Pass(dictionary, screen, spool, corpus)
     limit = OUTLIER * median_norm(head)
     # Torch works ahead in a thread while scipy, which uses one core, adds up the batch before.
-    with closing(prefetch((encoded(dictionary, p, limit) for p in _chained(head, stream)), AHEAD)) as coded:
+    batches = (encoded(dictionary, paired, limit, corpus.piece) for paired in _chained(head, stream))
+    with closing(prefetch(batches, AHEAD)) as coded:
         for batch in coded:
             pass_.add(batch, progress)
     return pass_.result(limit)
 
 
-def encoded(dictionary: Dictionary, paired: PairedBatch, norm_limit: float) -> CodedBatch:
-    """The batch with its latents, outliers of the norm no longer counted."""
+def encoded(dictionary: Dictionary, paired: PairedBatch, norm_limit: float, piece: int) -> CodedBatch:
+    """The batch with its latents, outliers of the norm no longer counted; full sequences are `piece` tokens long."""
     batch = paired.batch
     counted = batch.counted & (paired.norms() <= norm_limit)
     rows = counted.flatten().to(paired.x_base.device)
     x_base = paired.x_base.flatten(0, 1)[rows].float()
     x_adapted = paired.x_adapted.flatten(0, 1)[rows].float()
+    position = batch.positions[counted].numpy()
     codes = PairedCodes(
         base=to_codes(dictionary, x_base),
         adapted=to_codes(dictionary, x_adapted),
         x_base=x_base.cpu().numpy(),
         x_adapted=x_adapted.cpu().numpy(),
         order=np.repeat(batch.orders, counted.sum(1).numpy()),
-        position=batch.positions[counted].numpy(),
+        position=position,
+        place=place_of(position, piece),
     )
     return CodedBatch(batch, counted, paired.x_base.cpu(), paired.x_adapted.cpu(), codes)
 
@@ -152,14 +155,14 @@ def _chained(head: list[PairedBatch], stream: Iterator[PairedBatch]) -> Iterator
 class _Pass:
     """The state of one pass: the screen until it has chosen, the statistics from then on."""
 
-    def __init__(self, dictionary: Dictionary, screen: Screen, spool: Spool, seed: int):
-        self.screen, self.spool = screen, spool
+    def __init__(self, dictionary: Dictionary, screen: Screen, spool: Spool, corpus: Corpus):
+        self.dictionary, self.screen, self.spool, self.piece = dictionary, screen, spool, corpus.piece
         self.W_dec = dictionary.W_dec.float().cpu().numpy()
         self.b_dec = dictionary.b_dec.float().cpu().numpy()
         self.docs: set[int] = set()
         m, d = self.W_dec.shape
         tracked = screen.tracked if screen.done else np.zeros(0, np.int64)
-        self.statistics = ChangeStatistics(m, d, tracked, seed)
+        self.statistics = ChangeStatistics(m, d, tracked, corpus.seed)
 
     def add(self, coded: CodedBatch, progress: Progress) -> None:
         batch, codes = coded.batch, coded.codes
@@ -187,6 +190,27 @@ class _Pass:
             )
 
     def result(self, norm_limit: float) -> Measured:
-        if not self.screen.done:
-            self.statistics = self.statistics.tracking(self.screen.finish())
+        if self.screen.seen > self.statistics.fit.n + self.statistics.held.n:
+            self._screen_again()
         return Measured(self.statistics, self.spool, len(self.docs), norm_limit, self.screen.left_out)
+
+    def _screen_again(self) -> None:
+        """Screens on a tenth of the corpus and maps the rest, read back from the spool: it was too short for the
+        screen's budget, which left the map less than that or nothing."""
+        m, d = self.W_dec.shape
+        self.screen = Screen(m, d, self.statistics.n_tokens // 10, self.screen.max_tracked)
+        for stretch in self.spool.stretches():
+            counted, place = stretch.counted, [self.spool.place(s) for s in stretch.sequences]
+            lengths = np.diff(stretch.bounds)
+            order = np.repeat([order for _, order, _ in place], lengths)[counted]
+            first = np.repeat([start for _, _, start in place] - stretch.bounds[:-1], lengths)
+            position = (first + np.arange(len(counted)))[counted]
+            x_base = stretch.x_base[torch.from_numpy(counted)].float()
+            change = (stretch.x_adapted[torch.from_numpy(counted)].float() - x_base).numpy()
+            z = to_codes(self.dictionary, x_base.to(self.dictionary.W_dec.device))
+            if self.screen.done:
+                self.statistics.map(z, change, order, position, place_of(position, self.piece))
+            else:
+                self.screen.add(z, change)
+                if self.screen.done:
+                    self.statistics = self.statistics.tracking(self.screen.tracked)

@@ -43,7 +43,7 @@ class Encoder:
         """
         chunk: list[tuple[int, str]] = []
         for index, document in documents:
-            text = document if isinstance(document, str) else self.render(index, document)
+            text = _encodable(document if isinstance(document, str) else self.render(index, document))
             if len(text) > LONG:
                 yield from self._encode_chunk(chunk)
                 chunk = []
@@ -115,6 +115,15 @@ class Encoder:
             verbose=False,
             **options,
         )
+
+
+def _encodable(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _seam(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from autointerp import cli
 
 from .world import Shell, World, build
+
+
+torch.set_num_threads(1)  # the models here are tiny: threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)

@@ -104,7 +104,8 @@ def save_calm_model(path: Path, family: str, seed: int = 0) -> Path:
 def save_sae(path: Path, d_in: int = WIDTH, m: int = M, hook: str = HOOK, k: int = 4) -> Path:
     """A TopK SAE with random unit rows, tied: it reconstructs little, but each latent fires on some words."""
     sae_class, config_class = SAE_CLASS_REGISTRY["topk"]
-    sae: Any = sae_class(config_class(d_in=d_in, d_sae=m, k=k))
+    options: dict[str, Any] = {"d_in": d_in, "d_sae": m, "k": k}
+    sae: Any = sae_class(config_class(**options))
     rows = torch.randn(m, d_in, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
@@ -143,4 +144,5 @@ class Shell:
     def __call__(self, *words: str | Path) -> Ended:
         self._capture.readouterr()
         status = cli.run([str(word) for word in words])
-        return Ended(status, *self._capture.readouterr())
+        printed = self._capture.readouterr()
+        return Ended(status, printed.out, printed.err)

@@ -10,7 +10,10 @@ from scipy.sparse import csr_matrix
 
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
-from autointerp.evidence.statistics import ChangeStatistics, PairedCodes
+from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
+
+PIECE = 64
+"""Tokens of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Stream:
             x_adapted=self.x[tokens] + self.change[tokens],
             order=self.order[tokens],
             position=tokens - first,
+            place=place_of(tokens - first, PIECE),
         )
 
     def statistics(self, *batches: np.ndarray, tracked: np.ndarray | None = None) -> ChangeStatistics:
@@ -70,7 +74,7 @@ def stream(
     noise: float = 0.3,
     shift: float = 0.0,
 ) -> Stream:
-    """Latents 0 … n_planted − 1 write `gain` more along their own direction; the rest of the change is noise and shift."""
+    """Latents 0 … n_planted − 1 write `gain` more along their own direction; all else is noise and shift."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(tokens // 2, tokens * 3 // 2, n_docs)
     order = np.repeat(np.arange(n_docs), lengths)

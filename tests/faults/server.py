@@ -144,7 +144,8 @@ class FaultServer:
         openai = path.endswith("/chat/completions")
         system = request["messages"][0]["content"] if openai else request["system"]
         text = fault.text if fault.text is not None else self.respond(system, request["messages"][-1]["content"])
-        read = len(json.dumps([request.get("system", ""), request["messages"]])) // 4
+        said = [request["messages"]] if openai else [request["system"], request["messages"]]
+        read = sum(len(json.dumps(part)) for part in said) // 4
         wrote = len(text) // 4 + 1
         cached = min(self._cached, read)
         if fault.usage:

@@ -1,21 +1,20 @@
-"""One pass over a real corpus kept in memory, and the same tokens with a change of our own in place of the adapter's."""
+"""One pass over a real corpus kept in memory, and the same tokens with another change instead of the adapter's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from autointerp.evidence.corpus import Corpus, open_corpus
-from autointerp.evidence.dictionaries.base import Dictionary, load_dictionary
+from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.fitted import FittedMap
-from autointerp.evidence.paired import PairedModel
+from autointerp.evidence.gather import Evidence
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
-from autointerp.evidence.statistics import ChangeStatistics, PairedCodes
+from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
 from autointerp.evidence.stream import Measured, measure, to_codes
 from autointerp.run import Run
 
@@ -27,8 +26,8 @@ CHUNK = 8192
 class Recording:
     """The counted tokens of one pass, in the order of the pass. n tokens, d residual width, m latents."""
 
-    model: PairedModel
-    dictionary: Dictionary
+    evidence: Evidence
+    """Model, dictionary and corpus."""
     measured: Measured
     """What the pass itself left; its spool is open."""
     z: csr_matrix
@@ -41,6 +40,12 @@ class Recording:
     """Index of each token's document in the shuffled corpus [n]."""
     position: np.ndarray
     """Index of each token in its document [n]."""
+    place: np.ndarray
+    """Part of its sequence that each token stands in [n]."""
+
+    @property
+    def dictionary(self) -> Dictionary:
+        return self.evidence.dictionary
 
     @property
     def W_dec(self) -> np.ndarray:
@@ -71,6 +76,7 @@ class Recording:
                 x_adapted=x_adapted,
                 order=self.order[at],
                 position=self.position[at],
+                place=self.place[at],
             )
             statistics.add(codes, W_dec, b_dec)
         return statistics
@@ -80,36 +86,25 @@ class Recording:
         return FittedMap(self.statistics(change, seed=seed), self.dictionary.W_dec)
 
 
-def record(run: Run, max_tokens: int, scratch: Path | None = None, seed: int = 0) -> Recording:
+def record(run: Run, max_tokens: int, scratch: Path | None = None) -> Recording:
     """Runs the whole pass of `run` over at most `max_tokens` tokens and keeps every counted token of it."""
-    dictionary = load_dictionary(run.sae)
-    hook, base, corpus_path = run.with_hook(dictionary.hook).hook, run.base, run.corpus
-    if hook is None or base is None or corpus_path is None:
-        raise ValueError(f"run {run.path} lacks a hook, a base or a corpus")
-    model = PairedModel.load(run.adapter, base, hook)
-    corpus = Corpus(
-        open_corpus(corpus_path, run.text_column),
-        model.tokenizer,
-        run.context_length,
-        dictionary.prepend_bos,
-        max_tokens,
-        seed,
-    )
+    evidence = Evidence.load(replace(run, max_tokens=max_tokens))
+    dictionary, model = evidence.dictionary, evidence.model
     m, d = dictionary.W_dec.shape
     spool = Spool(d, model.dtype, scratch)
-    measured = measure(model, dictionary, corpus, Screen(m, d, max_tokens), spool)
+    measured = measure(model, dictionary, evidence.corpus, Screen(m, d, max_tokens), spool)
     stretch = spool.read(np.arange(len(spool)))
-    counted = stretch.counted
-    lengths = np.diff(stretch.bounds)
+    counted, lengths = stretch.counted, np.diff(stretch.bounds)
     starts = np.array([spool.place(s)[2] for s in range(len(spool))])
+    position = (np.repeat(starts - stretch.bounds[:-1], lengths) + np.arange(len(counted)))[counted]
     x_base = stretch.x_base[torch.from_numpy(counted)].float()
     return Recording(
-        model=model,
-        dictionary=dictionary,
+        evidence=evidence,
         measured=measured,
         z=to_codes(dictionary, x_base),
         x_base=x_base.numpy(),
         change=(stretch.x_adapted[torch.from_numpy(counted)].float() - x_base).numpy(),
         order=np.repeat(spool.orders, lengths)[counted],
-        position=(np.repeat(starts - stretch.bounds[:-1], lengths) + np.arange(len(counted)))[counted],
+        position=position,
+        place=place_of(position, evidence.corpus.piece),
     )

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import torch
 
-from autointerp.evidence.change_map import decompose
+from autointerp.evidence.change_map import decompose, decompose_all
 from autointerp.evidence.fitted import MIN_FIRINGS, FittedMap
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
 from autointerp.evidence.selectors.mean_shift import mean_shift_size
@@ -82,10 +82,8 @@ def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
     revived = _revived(fitted)
     revived = revived[np.argsort(-mean_shift_size(fitted)[revived])]
     writers: Counter[int] = Counter()
-    for latent in read:
-        row = fitted.row(latent)
-        if row is not None:
-            writers.update(target for target, _ in decompose(row, fitted.W_dec, N_TARGETS, own=latent)[1:])
+    for targets in decompose_all(fitted.rows[fitted.positions(read)], fitted.W_dec, N_TARGETS, own=read):
+        writers.update(target for target, _ in targets[1:])
     needed = max(MIN_WRITERS, len(read) // 10)
     hubs = [target for target, n in writers.most_common() if n >= needed]
     return [latent for latent in dict.fromkeys([*revived.tolist(), *hubs]) if latent not in read][:places]
