@@ -72,6 +72,7 @@ async def alabel(
         with contextlib.ExitStack() as held:
             if evidence is not None:
                 held.enter_context(evidence)
+                stop.check("interrupted before the corpus was read: nothing was stored")
                 job = replace(job, run=evidence.run)
             store = held.enter_context(Store.open(job.db))
             held.enter_context(reporter)

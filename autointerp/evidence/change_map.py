@@ -67,11 +67,13 @@ def refit(moments: Moments, rows: Sequence[int] | Tensor) -> Tensor:
 
 def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> float:
     """Share of Σ‖Δx − δ̄‖² explained by Σ_j∈rows (z_j − z̄_j) c_j on the tokens of `moments`; may be negative."""
-    rows = torch.as_tensor(rows, dtype=torch.long)
     if not len(rows) or moments.energy == 0:
         return 0.0
-    cross = (C * moments.B[rows]).sum()
-    square = ((moments.G[rows][:, rows] @ C) * C).sum()
+    G, B = moments.G, moments.B
+    if len(rows) < len(G) or list(rows) != list(range(len(G))):
+        at = torch.as_tensor(rows, dtype=torch.long)
+        G, B = G[at][:, at], B[at]
+    cross, square = (C * B).sum(), ((G @ C) * C).sum()
     return float((2 * cross - square) / moments.energy)
 
 

@@ -5,14 +5,13 @@ Remote code is never run: an architecture that transformers does not know is ref
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from autointerp.errors import InputError
 from autointerp.evidence.hub import snapshot
+from autointerp.evidence.weight_files import check_header, first_line, not_finite, read_json
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +41,7 @@ def torch_device(name: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
-        raise InputError(f"device {name}: not usable here ({_first_line(error)}); give --device auto") from error
+        raise InputError(f"device {name}: not usable here ({first_line(error)}); give --device auto") from error
     return torch.device(name)
 
 
@@ -95,15 +95,6 @@ def load_tokenizer(base: str | Path, adapter: str | Path | None = None) -> Token
     return _tokenizer(str(adapter))
 
 
-def check_header(file: Path, option: str) -> None:
-    """InputError unless `file` is a whole safetensors file; reads its header only."""
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{option} {file}: damaged ({_first_line(error)}); copy or save it again") from error
-
-
 def check_finite(name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     """InputError naming the first tensor that holds NaN or infinity."""
     for key, tensor in weights:
@@ -111,7 +102,7 @@ def check_finite(name: str, weights: Iterable[tuple[str, Tensor]]) -> None:
             continue
         wide = tensor.detach() if tensor.element_size() > 1 else tensor.detach().float()  # float8 has no sum
         if not torch.isfinite(wide.sum(dtype=torch.float64)):
-            raise InputError(f"{name}: {key} holds NaN or infinite weights; save it again from a run that converged")
+            raise not_finite(name, key)
 
 
 def _tokenizer(spec: str | Path) -> Tokenizer:
@@ -142,17 +133,6 @@ def _check_folder(spec: str | Path, option: str) -> None:
     read_json(config, option)
 
 
-def read_json(file: Path, option: str) -> dict[str, Any]:
-    """The object in a JSON file; InputError where it is damaged or something else."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {file}: not readable JSON ({_first_line(error)}); save it again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{option} {file}: a {type(content).__name__}, want an object; save it again")
-    return content
-
-
 @contextmanager
 def _one_line(name: str, mend: str) -> Iterator[None]:
     """Turns the errors of a transformers loader into one InputError, and silences its bars and load reports."""
@@ -162,13 +142,8 @@ def _one_line(name: str, mend: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name}: cannot be loaded ({_first_line(error)}); {mend}") from error
+        raise InputError(f"{name}: cannot be loaded ({first_line(error)}); {mend}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0][:200] if lines else type(error).__name__}".rstrip(".:")

@@ -9,6 +9,7 @@ file, read back for the selected latents alone.
 from __future__ import annotations
 
 import tempfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,6 @@ class Stretch:
     """[n, d] in the model's dtype."""
     x_adapted: Tensor
     """[n, d]."""
-    ids: np.ndarray
-    """Token ids [n]."""
     counted: np.ndarray
     """Whether each token is counted [n]: neither special nor a norm outlier."""
     sequences: np.ndarray
@@ -53,8 +52,9 @@ class Spool:
             raise InputError(f"scratch {place}: {error.strerror}; give --scratch a folder to write in") from error
         self._token_bytes = 2 * d * dtype.itemsize
         self._offsets = [0]
-        self._ids: list[np.ndarray] = []
-        self._counted: list[np.ndarray] = []
+        # Of all tokens in a row: an array for each sequence would lie between the large blocks that come and go with
+        # every batch, and keep the memory of those from being used again.
+        self._ids, self._counted = array("i"), bytearray()
         self._places: list[tuple[int, int, int]] = []
 
     def append(
@@ -70,8 +70,8 @@ class Spool:
                 f" another folder with --scratch, or read less with --max-tokens"
             ) from error
         self._offsets.append(self._offsets[-1] + len(ids))
-        self._ids.append(ids.astype(np.int32))
-        self._counted.append(counted)
+        self._ids.frombytes(ids.astype(np.int32).tobytes())
+        self._counted += counted.tobytes()
         self._places.append((doc, order, start))
 
     def __len__(self) -> int:
@@ -89,14 +89,11 @@ class Spool:
 
     def ids(self, sequence: int) -> np.ndarray:
         """Document token ids of a sequence [t]."""
-        return self._ids[sequence]
+        return np.array(self._ids[self._offsets[sequence] : self._offsets[sequence + 1]], dtype=np.int32)
 
     def seen(self, vocabulary: int, at_least: int) -> np.ndarray:
         """Whether each token id occurs at least so often in the corpus [vocabulary]."""
-        counts = np.zeros(vocabulary, dtype=np.int64)
-        for ids in self._ids:
-            np.add.at(counts, ids, 1)
-        return counts >= at_least
+        return np.bincount(np.array(self._ids, dtype=np.int32), minlength=vocabulary) >= at_least
 
     def read(self, sequences: np.ndarray) -> Stretch:
         """The given sequences (sorted indices)."""
@@ -110,9 +107,8 @@ class Spool:
             block = torch.frombuffer(raw, dtype=self.dtype).view(2, lengths[at], self.d)
             x_base[bounds[at] : bounds[at + 1]] = block[0]
             x_adapted[bounds[at] : bounds[at + 1]] = block[1]
-        ids = np.concatenate([self._ids[s] for s in sequences]) if len(sequences) else np.zeros(0, np.int32)
-        counted = np.concatenate([self._counted[s] for s in sequences]) if len(sequences) else np.zeros(0, bool)
-        return Stretch(x_base, x_adapted, ids, counted, np.asarray(sequences), bounds)
+        counted = bytearray().join(self._counted[self._offsets[s] : self._offsets[s + 1]] for s in sequences)
+        return Stretch(x_base, x_adapted, np.frombuffer(counted, bool), np.asarray(sequences), bounds)
 
     def stretches(self, tokens: int = 8192) -> Iterator[Stretch]:
         """The whole spool in order, about `tokens` tokens at a time."""

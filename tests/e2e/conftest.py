@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
 from autointerp import cli
 
+from .serving import Serving
 from .world import Shell, World, build
-
-
-torch.set_num_threads(1)  # the models here are tiny: threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +26,29 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable, raising=False)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The models here are tiny: threads would only wait for each other."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture
 def shell(capfd: pytest.CaptureFixture[str]) -> Shell:
     return Shell(capfd)
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Serving], None]:
+    """Points the SDKs at a server."""
+
+    def use(server: Serving) -> None:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+
+    return use
 
 
 @pytest.fixture(scope="session")

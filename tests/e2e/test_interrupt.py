@@ -16,23 +16,12 @@ from typing import Any
 
 import pytest
 
-from autointerp.store import Store
-
 from .serving import MODELS, Serving
-from .world import Shell, World, save_corpus
+from .world import Shell, World, read, save_corpus
 
 LABELER = MODELS["openai"]
 K = 8
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def use(server: Serving) -> None:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-
-    return use
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +37,6 @@ def ready(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture
 def copied(ready: World, tmp_path: Path) -> World:
     return ready.copy(tmp_path / "w")
-
-
-def read(db: Path, sql: str) -> list[dict[str, Any]]:
-    with Store.open(db, "read") as store:
-        return store.read(sql)
 
 
 @contextmanager
@@ -81,11 +65,12 @@ def answered(world: World) -> set[str]:
     return {row["request_sha256"] for row in read(world.db, "SELECT request_sha256 FROM answers")}
 
 
-def test_ctrl_c_while_labelling(copied: World, shell: Shell, use: Any) -> None:
+@pytest.mark.parametrize("when", [4, K + 6], ids=["labelling", "scoring"])
+def test_ctrl_c_drains_and_the_same_command_goes_on(when: int, copied: World, shell: Shell, use: Any) -> None:
     with Serving(latency_s=0.05) as server:
         use(server)
         with labelling(copied, concurrency=2) as child:
-            wait_until(lambda: len(server.requests) >= 4 or child.poll() is not None, "four requests")
+            wait_until(lambda: len(server.requests) >= when or child.poll() is not None, "requests")
             # Meanwhile the store can be read, and not written by anybody else.
             meanwhile = shell(
                 "query", "select count(*) as n from changed_latents", "--db", copied.db, "--format", "csv"
@@ -96,7 +81,7 @@ def test_ctrl_c_while_labelling(copied: World, shell: Shell, use: Any) -> None:
         n = len(server.requests)
         assert child.returncode == 130, err
         assert "Traceback" not in out + err
-        assert 4 <= n < K + 4
+        assert when <= n < when + K
         calls = read(copied.db, "SELECT status, purpose, latent FROM calls")
         assert [call["status"] for call in calls] == ["ok"] * n, "what was under way was waited for"
         assert read(copied.db, "SELECT status FROM runs ORDER BY created_at DESC LIMIT 1") == [

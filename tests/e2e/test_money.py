@@ -9,29 +9,11 @@ from typing import Any
 
 import pytest
 
-from autointerp.store import Store
-
-from ..faults.server import Fault, error, oracle
+from ..faults.server import Fault, error
 from .serving import KEY, MODELS, Serving
-from .world import Shell, World
+from .world import Shell, World, read
 
 K = 4
-
-
-@pytest.fixture
-def use(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Points the SDKs at a server."""
-
-    def use(server: Serving) -> None:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-
-    return use
-
-
-def read(db: Path, sql: str) -> list[dict[str, Any]]:
-    with Store.open(db, "read") as store:
-        return store.read(sql)
 
 
 def questions(server: Serving, purpose: str) -> list[str]:
@@ -229,15 +211,8 @@ def test_a_dry_run_before_there_is_evidence(world: World, tmp_path: Path, shell:
 
 
 def test_scores_that_are_missing_are_counted_in_a_dry_run_and_asked_for(copied: World, shell: Shell, use: Any) -> None:
-    asked = 0
-
-    def labels_only(system: str, user: str) -> str:
-        nonlocal asked
-        asked += 1
-        return oracle(system, user)
-
     stop = error(401, "no")
-    with Serving([None] * (K + 1) + [stop], respond=labels_only) as server:
+    with Serving([None] * (K + 1) + [stop]) as server:
         use(server)
         assert shell(*copied.args(labeler=MODELS["openai"], concurrency=1)).status == 5
         assert len(questions(server, "label")) == K

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from autointerp import cli
+from autointerp.store import Store
 
 from ..tiny import WIDTH, model, save_lora, tokenizer
 
@@ -126,6 +128,12 @@ def save_corpus(path: Path, **options: int) -> Path:
     return path
 
 
+def read(db: Path, sql: str) -> list[dict[str, Any]]:
+    """Rows of a store."""
+    with Store.open(db, "read") as store:
+        return store.read(sql)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended."""
@@ -146,3 +154,13 @@ class Shell:
         status = cli.run([str(word) for word in words])
         printed = self._capture.readouterr()
         return Ended(status, printed.out, printed.err)
+
+
+def refused(says: Ended, wanted: str) -> None:
+    """Exit status 2, nothing on standard output, and one line on standard error in which `wanted` is found."""
+    assert says.status == 2, says
+    assert says.out == ""
+    assert says.err.count("\n") == 1, says.err
+    assert says.err.startswith("autointerp: ")
+    assert says.err.endswith("\n")
+    assert re.search(wanted, says.err), says.err

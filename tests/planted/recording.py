@@ -15,7 +15,7 @@ from autointerp.evidence.gather import Evidence
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
 from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
-from autointerp.evidence.stream import Measured, measure, to_codes
+from autointerp.evidence.stream import Measured, chance_firings, measure, to_codes
 from autointerp.run import Run
 
 CHUNK = 8192
@@ -60,18 +60,25 @@ class Recording:
         """Share of tokens at which each latent fires in the base model [m]."""
         return np.diff(self.z.tocsc().indptr) / len(self.change)
 
-    def statistics(self, change: np.ndarray, tracked: np.ndarray | None = None, seed: int = 0) -> ChangeStatistics:
-        """The statistics of this text had the adapter written `change` [n, d]; the adapted side is encoded anew."""
+    def statistics(
+        self, change: np.ndarray, tracked: np.ndarray | None = None, seed: int = 0, encode: bool = True
+    ) -> ChangeStatistics:
+        """The statistics of this text had the adapter written `change` [n, d].
+
+        The adapted side, which the change map does not ask for, is encoded anew or, without `encode`, left as base.
+        """
         m, d = self.dictionary.W_dec.shape
         tracked = np.arange(m) if tracked is None else tracked
         statistics = ChangeStatistics(m, d, tracked, seed)
         W_dec, b_dec = self.W_dec, self.dictionary.b_dec.float().cpu().numpy()
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for begin in range(0, len(change), CHUNK):
             at = slice(begin, begin + CHUNK)
             x_adapted = (self.x_base[at] + change[at]).astype(np.float32)
+            pairs.append((torch.from_numpy(self.x_base[at]), torch.from_numpy(x_adapted)))
             codes = PairedCodes(
                 base=self.z[at],
-                adapted=to_codes(self.dictionary, torch.from_numpy(x_adapted)),
+                adapted=to_codes(self.dictionary, torch.from_numpy(x_adapted)) if encode else self.z[at],
                 x_base=self.x_base[at],
                 x_adapted=x_adapted,
                 order=self.order[at],
@@ -79,11 +86,13 @@ class Recording:
                 place=self.place[at],
             )
             statistics.add(codes, W_dec, b_dec)
+        woken = np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired > 0))
+        statistics.chance[woken] = chance_firings(self.dictionary, woken, pairs)
         return statistics
 
-    def fitted(self, change: np.ndarray, seed: int = 0) -> FittedMap:
+    def fitted(self, change: np.ndarray, seed: int = 0, encode: bool = True) -> FittedMap:
         """The change map of `statistics(change)`."""
-        return FittedMap(self.statistics(change, seed=seed), self.dictionary.W_dec)
+        return FittedMap(self.statistics(change, seed=seed, encode=encode), self.dictionary.W_dec)
 
 
 def record(run: Run, max_tokens: int, scratch: Path | None = None) -> Recording:

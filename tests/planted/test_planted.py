@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from autointerp.demo import ORGANISM
 from autointerp.evidence.change_map import decompose
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
-from autointerp.run import Run
-from tests.planted.recording import Recording, record
+from tests.planted.recording import Recording
 
-TOKENS = 100_000
 N_PLANTED = 20
-SEEDS = (0, 1)
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recording]:
-    scratch: Path = tmp_path_factory.mktemp("spool")
-    recorded = record(Run.load(ORGANISM, device="cpu"), TOKENS, scratch)
-    yield recorded
-    recorded.measured.spool.close()
 
 
 def planted(recording: Recording, seed: int, n: int = N_PLANTED) -> np.ndarray:
@@ -35,59 +21,100 @@ def planted(recording: Recording, seed: int, n: int = N_PLANTED) -> np.ndarray:
     return np.random.default_rng(seed).permutation(pool)[:n]
 
 
-def chosen(recording: Recording, change: np.ndarray, seed: int) -> tuple[Ranking, FittedMap]:
-    fitted = recording.fitted(change.astype(np.float32), seed)
+def chosen(recording: Recording, change: np.ndarray, seed: int = 0, encode: bool = False) -> tuple[Ranking, FittedMap]:
+    fitted = recording.fitted(change.astype(np.float32), seed, encode)
     return SELECTORS.get("change")(Question(fitted, 50, 0.05, seed)), fitted
 
 
-def read(ranking: Ranking) -> set[int]:
-    return {latent for latent, role in zip(ranking.latents, ranking.roles, strict=True) if role == "read"}
+@pytest.mark.parametrize(("gain", "n"), [(0.5, N_PLANTED), (0.25, N_PLANTED), (-1.0, 6)])
+def test_gains(recording: Recording, gain: float, n: int) -> None:
+    """Latents that write so much more, or nothing any more; a few are found as well as many."""
+    truth = planted(recording, n, n)
+    change = recording.noise + gain * (recording.z[:, truth] @ recording.W_dec[truth])
+    found = set(chosen(recording, change)[0].latents)
+    assert len(found & set(truth.tolist())) >= 0.95 * n
+    assert len(found - set(truth.tolist())) <= 0.1 * len(found)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_gain(recording: Recording, seed: int) -> None:
-    """+50 % on 20 latents."""
-    truth = planted(recording, seed)
-    change = recording.noise + 0.5 * (recording.z[:, truth] @ recording.W_dec[truth])
-    found = read(chosen(recording, change, seed)[0])
-    assert len(found & set(truth.tolist())) >= 0.95 * N_PLANTED
-    assert len(found - set(truth.tolist())) <= 0.1 * max(len(found), 1)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_writes(recording: Recording, seed: int) -> None:
+def test_writes(recording: Recording) -> None:
     """When latent j fires, its partner's direction is written with the partner's mean firing activation."""
-    both = planted(recording, seed, 2 * N_PLANTED)
+    both = planted(recording, 0, 2 * N_PLANTED)
     readers, partners = both[:N_PLANTED], both[N_PLANTED:]
     z = recording.z.tocsc()
     strength = np.array([z[:, j].data.mean() for j in partners])
     fires = (recording.z[:, readers] > 0).astype(np.float32)
     change = recording.noise + fires @ (strength[:, None] * recording.W_dec[partners])
-    ranking, fitted = chosen(recording, change, seed)
+    ranking, fitted = chosen(recording, change)
     rows = fitted.rows_of(ranking.latents)
     recovered = 0
     for j, partner in zip(readers.tolist(), partners.tolist(), strict=True):
         if j in rows:
-            raised = [(t, a) for t, a in decompose(rows[j], fitted.W_dec, 3, own=j)[1:] if a > 0]
-            recovered += bool(raised) and max(raised, key=lambda pair: pair[1])[0] == partner
-    assert recovered >= 15
+            (first, size), *_ = [*decompose(rows[j], fitted.W_dec, 6, own=j)[1:], (-1, 0.0)]
+            recovered += first == partner and size > 0
+    assert recovered >= 0.75 * N_PLANTED
+    false = set(ranking.latents) - set(
+        both.tolist()
+    )  # their firing follows the readers' more than their activation does
+    assert len(false) <= 0.2 * len(ranking.latents)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_noise_alone_selects_nothing(recording: Recording, seed: int) -> None:
-    change = np.roll(recording.change, (seed + 2) * len(recording.change) // 7, axis=0)
-    assert not read(chosen(recording, change, seed)[0])
+def test_noise_alone_selects_nothing(recording: Recording) -> None:
+    """Not even latents that only the noise wakes, of which there are many."""
+    ranking, fitted = chosen(recording, recording.noise, encode=True)
+    assert ranking.latents == []
+    assert ranking.n_pass == 0
+    statistics = fitted.statistics
+    assert ((statistics.base.fired == 0) & (statistics.adapted.fired > 20)).any()
+
+
+def test_a_revived_latent_is_found(recording: Recording) -> None:
+    """A dead latent is written where another fires, as strongly as it takes to wake it."""
+    dictionary = recording.dictionary
+    assert dictionary.W_enc is not None
+    rate = recording.rate()
+    reader, dead = int(planted(recording, 0, 1)[0]), int(np.flatnonzero(rate == 0)[0])
+    towards = dictionary.W_enc[:, dead].numpy() / np.linalg.norm(dictionary.W_enc[:, dead].numpy())
+    fires = np.asarray((recording.z[:, [reader]] > 0).todense())
+    change = recording.noise + fires * towards * 3 * np.linalg.norm(recording.x_base, axis=1).mean()
+    ranking, fitted = chosen(recording, change, encode=True)
+    assert fitted.statistics.base.fired[dead] == 0
+    assert dict(zip(ranking.latents, ranking.roles, strict=True)).get(dead) == "written"
 
 
 def test_a_constant_shift_is_static_and_nothing_else(recording: Recording) -> None:
-    shift = recording.W_dec[planted(recording, 0, 3)].sum(0)
-    pure, fitted = chosen(recording, np.broadcast_to(shift, recording.change.shape).copy(), 0)
+    truth = planted(recording, 0, 3)
+    shift = recording.W_dec[truth].sum(0)
+    pure, fitted = chosen(recording, np.broadcast_to(shift, recording.change.shape), encode=True)
     statistics = fitted.statistics
     assert statistics.stream.static_share(statistics.n_tokens) == pytest.approx(1, abs=1e-4)
-    assert not read(pure)
-    assert set(planted(recording, 0, 3).tolist()) <= set(pure.latents)
+    assert set(pure.roles) == {"static"}
+    assert pure.n_pass == 0
+    assert set(truth.tolist()) <= set(pure.latents)
     noise = recording.noise - recording.noise.mean(0)
-    under_noise, fitted = chosen(recording, noise + 3 * shift, 0)
-    assert not read(under_noise)
-    share = fitted.statistics.stream.static_share(fitted.statistics.n_tokens)
-    assert share == pytest.approx(9 * (shift @ shift) / np.square(noise + 3 * shift).sum(1).mean(), rel=1e-3)
+    strong = shift * np.sqrt(1.5 * np.square(noise).sum(1).mean() / (shift @ shift))
+    under_noise, fitted = chosen(recording, noise + strong)
+    assert set(under_noise.roles) == {"static"}
+    assert set(under_noise.latents[:3]) == set(truth.tolist())
+    assert fitted.statistics.stream.static_share(fitted.statistics.n_tokens) == pytest.approx(0.6, abs=1e-3)
+
+
+def test_screening_keeps_what_covers_the_change(recording: Recording) -> None:
+    """A quarter of the latents, chosen on a tenth of the text: 50 of them cover nearly what 50 of all do."""
+    whole = FittedMap(recording.measured.statistics, recording.dictionary.W_dec)
+    m, d = recording.dictionary.W_dec.shape
+    n = len(recording.change) // 10
+    screen = Screen(m, d, n, m // 4)
+    screen.add(recording.z[:n], recording.change[:n])
+    fitted = FittedMap(
+        recording.statistics(recording.change, tracked=screen.tracked, encode=False), recording.dictionary.W_dec
+    )
+    assert 0.02 < screen.left_out < 0.5
+    few, all_ = (np.array(f.coverage(_covering(f, 50)))[-1] for f in (fitted, whole))
+    assert few >= 0.9 * all_
+    control = fitted.random_coverage(50, seed=0)
+    assert control is not None
+    assert control < 0.7 * few
+
+
+def _covering(fitted: FittedMap, k: int) -> list[int]:
+    return [int(fitted.tracked[at]) for at in fitted.pursue(np.arange(len(fitted.tracked)), k)]

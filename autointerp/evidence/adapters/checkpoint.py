@@ -32,7 +32,7 @@ class CheckpointFormat(AdapterFormat):
 
     def check(self, path: Path) -> None:
         """Headers only: whether the weights are finite is seen when they are loaded."""
-        from autointerp.evidence.loading import check_header, read_json
+        from autointerp.evidence.weight_files import check_header, read_json
 
         if not (path / "config.json").is_file():
             raise InputError(f"adapter {path}: weights without config.json; save the model with save_pretrained")
@@ -52,7 +52,7 @@ class CheckpointFormat(AdapterFormat):
 
     def base_of(self, spec: str | Path) -> str | None:
         """What older versions of transformers noted as the model that training started from."""
-        from autointerp.evidence.loading import read_json
+        from autointerp.evidence.weight_files import read_json
 
         folder = local_folder(spec)
         base = located(read_json(folder / "config.json", "adapter").get("_name_or_path"), folder)

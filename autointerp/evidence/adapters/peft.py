@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +33,7 @@ class PeftFormat(AdapterFormat):
         return [path / file for file in (CONFIG, *WEIGHTS) if (path / file).is_file()]
 
     def check(self, path: Path) -> None:
-        from autointerp.evidence.loading import check_finite, check_header, read_json
+        from autointerp.evidence.weight_files import check_finite_file, check_header, read_json
 
         weights = _weights(path)
         if not (path / CONFIG).is_file():
@@ -49,10 +48,12 @@ class PeftFormat(AdapterFormat):
             raise InputError(f"adapter {path}: {CONFIG} has no peft_type; save it again with PEFT's save_pretrained")
         if weights.endswith(".safetensors"):
             check_header(path / weights, "adapter")
-        check_finite(f"adapter {path}", _tensors(path / weights))
+            check_finite_file(path / weights, f"adapter {path}")
+        else:
+            _check_pickled(path / weights, f"adapter {path}")
 
     def base_of(self, spec: str | Path) -> str | None:
-        from autointerp.evidence.loading import read_json
+        from autointerp.evidence.weight_files import read_json
 
         folder = local_folder(spec)
         return located(read_json(folder / CONFIG, "adapter").get("base_model_name_or_path"), folder)
@@ -76,20 +77,17 @@ def _weights(folder: Path) -> str | None:
     return next((file for file in WEIGHTS if (folder / file).is_file()), None)
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) pairs of a weights file, one at a time where the format allows it; safe loaders only."""
+def _check_pickled(file: Path, name: str) -> None:
+    """InputError unless a .bin file holds finite tensors; nothing else in it is executed."""
     import pickle
 
     import torch
-    from safetensors import safe_open
 
-    if file.suffix == ".safetensors":
-        with safe_open(file, framework="pt") as content:
-            for key in content.keys():  # noqa: SIM118 (not a dict)
-                yield key, content.get_tensor(key)
-        return
+    from autointerp.evidence.loading import check_finite
+
     try:
-        yield from torch.load(file, map_location="cpu", weights_only=True).items()
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        check_finite(name, tensors.items())
     except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise InputError(f"adapter {file}: damaged, or not plain tensors; save it again as safetensors") from error
 

@@ -90,6 +90,9 @@ def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
 
 
 def _revived(fitted: FittedMap) -> np.ndarray:
-    """Latents that never fired in base and fire in adapted too often for chance."""
+    """Latents that never fired in base and fire in adapted in answer to the text: at least twice as often as they would
+    if the same changes fell on other tokens, and by more than counts vary."""
     statistics = fitted.statistics
-    return np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired >= MIN_FIRINGS))
+    fired, chance = statistics.adapted.fired, statistics.chance
+    linked = (fired >= 2 * chance) & (fired - chance > 3 * np.sqrt(fired + chance))
+    return np.flatnonzero((statistics.base.fired == 0) & (fired >= MIN_FIRINGS) & linked)
