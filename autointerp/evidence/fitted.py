@@ -54,7 +54,12 @@ class FittedMap:
         """Held-out R² of the map with all its latents; None when no document was held out."""
         if not self.held_half.n or not self.fit_half.n or not self.changed:
             return None
-        return change_map.explained(self.held_half, range(len(self.tracked)), change_map.fit(self.fit_half))
+        return change_map.explained(self.held_half, range(len(self.tracked)), self._fit_rows)
+
+    @cached_property
+    def _fit_rows(self) -> Tensor:
+        """C [p, d] fitted on the fit half alone, for held-out figures."""
+        return change_map.fit(self.fit_half)
 
     @cached_property
     def size(self) -> np.ndarray:
@@ -133,6 +138,14 @@ class FittedMap:
         return float(
             np.mean([change_map.explained(self.held_half, p, change_map.refit(self.fit_half, p)) for p in picks])
         )
+
+    def predicted(self, latents: np.ndarray) -> np.ndarray:
+        """Held-out share [k] of the change along each latent's decoder direction that the map predicts; the latents
+        need not be of the map. Near 0 or below where the change has nothing to do with the text."""
+        directions = self.W_dec[torch.as_tensor(latents, dtype=torch.long)].T
+        held, written = self.held_half, self._fit_rows @ directions
+        explained = 2 * (written * (held.B @ directions)).sum(0) - (written * (held.G @ written)).sum(0)
+        return (explained / (directions * (held.S @ directions)).sum(0).clamp_min(1e-30)).numpy()
 
     def positions(self, latents: Sequence[int]) -> list[int]:
         """Which of `rows` belong to these latents, all of the map."""

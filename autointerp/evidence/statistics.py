@@ -242,9 +242,6 @@ class ChangeStatistics:
         self.n_tokens = 0
         self.base = LatentMoments(m)
         self.adapted = LatentMoments(m)
-        self.chance = np.zeros(m, dtype=np.int64)
-        """How often each latent that base never fires would fire, had the changes been dealt out to other tokens [m];
-        see `stream.chance_firings`."""
         self.stream = StreamMoments.zero(d)
         self.fit = MapMoments(len(self.tracked), d, N_DECOYS)
         self.held = MapMoments(len(self.tracked), d, 0)
@@ -278,14 +275,14 @@ class ChangeStatistics:
             raise ValueError("statistics of different dictionaries, seeds or tracked latents do not add up")
         result = ChangeStatistics(self.m, self.d, self.tracked[:0], self.seed)
         result.tracked = self.tracked
-        for name in ("n_tokens", "base", "adapted", "chance", "stream", "fit", "held"):
+        for name in ("n_tokens", "base", "adapted", "stream", "fit", "held"):
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result
 
     def tracking(self, tracked: np.ndarray) -> ChangeStatistics:
         """The same, with an empty map of other latents: the map starts here, the rest goes on."""
         result = ChangeStatistics(self.m, self.d, tracked, self.seed)
-        for name in ("n_tokens", "base", "adapted", "chance", "stream"):
+        for name in ("n_tokens", "base", "adapted", "stream"):
             setattr(result, name, getattr(self, name))
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -84,23 +84,6 @@ def to_codes(dictionary: Dictionary, x: torch.Tensor) -> csr_matrix:
     indices = np.concatenate(columns) if columns else np.zeros(0, np.int64)
     data = np.concatenate(values) if values else np.zeros(0, np.float32)
     return csr_matrix((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(len(x), dictionary.d_sae))
-
-
-def chance_firings(
-    dictionary: Dictionary, latents: np.ndarray, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]
-) -> np.ndarray:
-    """How often each of `latents` fires when every token gets the change of another, half a stretch away: what the
-    change's directions alone would do, whatever the text.
-
-    pairs: x_base and x_adapted [n, d] of counted tokens, a stretch at a time; none is read where there are no latents.
-    """
-    columns = torch.as_tensor(latents, dtype=torch.long, device=dictionary.W_dec.device)
-    fired = np.zeros(len(latents), dtype=np.int64)
-    for x_base, x_adapted in pairs if len(latents) else ():
-        base, adapted = x_base.to(columns.device).float(), x_adapted.to(columns.device).float()
-        z = dictionary.encode_columns(base + (adapted - base).roll(len(base) // 2, 0), columns)
-        fired += (z > 0).sum(0).cpu().numpy()
-    return fired
 
 
 def paired_batches(model: PairedModel, corpus: Corpus, tokens_per_batch: int) -> Iterator[PairedBatch]:
@@ -209,11 +192,6 @@ class _Pass:
     def result(self, norm_limit: float) -> Measured:
         if self.screen.seen > self.statistics.fit.n + self.statistics.held.n:
             self._screen_again()
-        statistics = self.statistics
-        woken = np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired > 0))
-        counted = ((s, torch.from_numpy(s.counted)) for s in self.spool.stretches())
-        pairs = ((s.x_base[rows], s.x_adapted[rows]) for s, rows in counted)
-        statistics.chance[woken] = chance_firings(self.dictionary, woken, pairs)
         return Measured(self.statistics, self.spool, len(self.docs), norm_limit, self.screen.left_out)
 
     def _screen_again(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from autointerp.evidence.stream import Measured, measure
 from autointerp.records import Context
 from tests.evidence import world
 
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+assert_close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 """Activations of the tiny models are of order 10."""
 
 
@@ -65,9 +66,9 @@ def test_statistics_of_every_latent(collected: Collected) -> None:
     for moments, side in ((statistics.base, collected.plain.base), (statistics.adapted, collected.plain.adapted)):
         z = np.concatenate(list(side.values()))
         assert statistics.n_tokens == len(z)
-        np.testing.assert_allclose(moments.total / len(z), z.mean(0, dtype=np.float64), **CLOSE)
+        assert_close(moments.total / len(z), z.mean(0, dtype=np.float64))
         np.testing.assert_allclose(moments.fired, (z > 0).sum(0), atol=2)  # rounding at the threshold
-        np.testing.assert_allclose(moments.largest, z.max(0), **CLOSE)
+        assert_close(moments.largest, z.max(0))
     assert collected.measured.n_docs == len({doc for doc, _ in collected.plain.ids})
 
 
@@ -94,8 +95,8 @@ def test_every_context_is_what_it_says(collected: Collected) -> None:
             assert first + len(c.tokens) <= len(ids)
             assert c.tokens == tuple(collected.text[i] for i in ids[window])
             base, adapted = plain.base[c.doc, start][:, latent], plain.adapted[c.doc, start][:, latent]
-            np.testing.assert_allclose(c.act_base, base[window], **CLOSE)
-            np.testing.assert_allclose(c.act_adapted, adapted[window], **CLOSE)
+            assert_close(c.act_base, base[window])
+            assert_close(c.act_adapted, adapted[window])
             places.add((c.kind, c.doc, start))
             if c.kind == "silent":
                 assert not any(c.act_base)
@@ -136,7 +137,7 @@ def test_peaks_of_every_latent_and_kind(collected: Collected, kind: str) -> None
                 want = want[((np.arange(n) + 0.5) * len(want) / n).astype(int)]
             found = np.array([peak_of(c) for c in of_kind if c.split == split])
             found = found[found > 1e-4]
-            np.testing.assert_allclose(found[: len(want)], want[: min(n, len(found))], **CLOSE)
+            assert_close(found[: len(want)], want[: min(n, len(found))])
             assert abs(len(found) - min(n, len(want))) <= 1  # a peak at the threshold may fall on either side
             n_checked += len(found)
     assert n_checked > 25 * PER_SPLIT[kind]  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,7 @@ from autointerp.evidence.gather import Evidence
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
 from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
-from autointerp.evidence.stream import Measured, chance_firings, measure, to_codes
+from autointerp.evidence.stream import Measured, measure, to_codes
 from autointerp.run import Run
 
 CHUNK = 8192
@@ -71,11 +71,9 @@ class Recording:
         tracked = np.arange(m) if tracked is None else tracked
         statistics = ChangeStatistics(m, d, tracked, seed)
         W_dec, b_dec = self.W_dec, self.dictionary.b_dec.float().cpu().numpy()
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for begin in range(0, len(change), CHUNK):
             at = slice(begin, begin + CHUNK)
             x_adapted = (self.x_base[at] + change[at]).astype(np.float32)
-            pairs.append((torch.from_numpy(self.x_base[at]), torch.from_numpy(x_adapted)))
             codes = PairedCodes(
                 base=self.z[at],
                 adapted=to_codes(self.dictionary, torch.from_numpy(x_adapted)) if encode else self.z[at],
@@ -86,8 +84,6 @@ class Recording:
                 place=self.place[at],
             )
             statistics.add(codes, W_dec, b_dec)
-        woken = np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired > 0))
-        statistics.chance[woken] = chance_firings(self.dictionary, woken, pairs)
         return statistics
 
     def fitted(self, change: np.ndarray, seed: int = 0, encode: bool = True) -> FittedMap:

@@ -21,6 +21,8 @@ N_TARGETS = 5
 """Directions read off a row when counting what it writes to."""
 MIN_WRITERS = 3
 """Rows that must write to a latent before it is selected for that."""
+MIN_PREDICTED = 0.1
+"""Held-out share of the change along a revived latent's direction that the map must predict."""
 N_STATIC = 20
 """Directions that the static part is decomposed into."""
 
@@ -90,9 +92,8 @@ def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
 
 
 def _revived(fitted: FittedMap) -> np.ndarray:
-    """Latents that never fired in base and fire in adapted in answer to the text: at least twice as often as they would
-    if the same changes fell on other tokens, and by more than counts vary."""
+    """Latents that never fired in base and fire in adapted, where what is written along their direction is in answer to
+    the text: a change that falls anywhere wakes latents too."""
     statistics = fitted.statistics
-    fired, chance = statistics.adapted.fired, statistics.chance
-    linked = (fired >= 2 * chance) & (fired - chance > 3 * np.sqrt(fired + chance))
-    return np.flatnonzero((statistics.base.fired == 0) & (fired >= MIN_FIRINGS) & linked)
+    woken = np.flatnonzero((statistics.base.fired == 0) & (statistics.adapted.fired >= MIN_FIRINGS))
+    return woken[fitted.predicted(woken) >= MIN_PREDICTED]
