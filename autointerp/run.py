@@ -49,8 +49,8 @@ class Settings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     """A torch device; `auto` takes a GPU where there is one."""
-    tokens_per_batch: PositiveInt = 4096
-    """Positions per forward pass, padding included."""
+    tokens_per_batch: PositiveInt | None = None
+    """Positions per forward pass, padding included; what suits the device when None."""
     scratch: Path | None = None
     """Where large temporary files go; the system's temporary directory when None."""
 

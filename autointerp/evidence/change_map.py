@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpotri
 from torch import Tensor
 
 RIDGE = 1e-2
@@ -78,7 +79,12 @@ def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> floa
 
 
 def _inverse(A: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(A))
+    """A⁻¹ of a positive definite A. LAPACK's own routine: torch.cholesky_inverse takes several times as long."""
+    lower, failed = dpotri(torch.linalg.cholesky(A).numpy(), lower=1)
+    if failed:
+        raise np.linalg.LinAlgError(f"potri: {failed}")
+    half = torch.from_numpy(np.ascontiguousarray(lower)).tril()
+    return half + half.tril(-1).T
 
 
 def _whitening(covariance: Tensor) -> Tensor:
@@ -141,11 +147,11 @@ def without(many: Sequence[Moments], rows: Sequence[int] | np.ndarray) -> tuple[
     others[out] = False
     cross, shrink = G[out][:, others], ridge(G)[out, None]
     factor = torch.linalg.cholesky(G[out][:, out] + torch.diag(shrink[:, 0]))
-    A = torch.cholesky_solve(cross, factor)
+    sides = [cross, *(moments.B[out] for moments in many)]
+    A, *solved = torch.cholesky_solve(torch.cat(sides, 1), factor).split([side.shape[1] for side in sides], 1)
     left_G = G[others][:, others] - cross.T @ A
     left = []
-    for moments in many:
-        X = torch.cholesky_solve(moments.B[out], factor)
+    for moments, X in zip(many, solved, strict=True):
         S = moments.S - moments.B[out].T @ X - X.T @ (shrink * X)
         left.append(Moments(moments.n, left_G, moments.B[others] - A.T @ moments.B[out], S))
     return left, np.flatnonzero(others.numpy())
@@ -172,21 +178,32 @@ def q_values(target: np.ndarray, decoys: np.ndarray, found: int = 0) -> np.ndarr
 
 def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
     """Greedy group pursuit: the row that explains most of what is left, refit of all chosen rows, repeat. At most k of
-    `candidates`."""
-    scale = moments.G.diagonal() + RIDGE * moments.G.diagonal().mean()
-    allowed = torch.zeros(len(moments.G), dtype=torch.bool)
+    `candidates`.
+
+    What k chosen rows leave is B − VᵀU with V = L⁻¹G[chosen], U = L⁻¹B[chosen], LLᵀ the Cholesky factorisation of their
+    ridged Gram matrix (see `refit`): each choice adds a row to V and U, and takes one outer product off the rest.
+    """
+    G, shrink = moments.G, float(RIDGE * moments.G.diagonal().mean())
+    scale = G.diagonal() + shrink
+    allowed = torch.zeros(len(G), dtype=torch.bool)
     allowed[torch.as_tensor(candidates, dtype=torch.long)] = True
+    n = min(k, int(allowed.sum()))
+    V, U = G.new_zeros(n, len(G)), G.new_zeros(n, moments.B.shape[1])
     chosen: list[int] = []
-    left = moments.B
-    for _ in range(min(k, int(allowed.sum()))):
-        gain = left.square().sum(1) / scale
+    left = moments.B.clone()
+    for at in range(n):
+        gain = torch.einsum("pd,pd->p", left, left) / scale
         gain[~allowed] = -1
         best = int(gain.argmax())
         if gain[best] <= 0:
             break
         chosen.append(best)
         allowed[best] = False
-        left = moments.B - moments.G[chosen].T @ refit(moments, chosen)  # G is symmetric; rows are read faster
+        mine = V[:at, best].clone()
+        pivot = (scale[best] - mine @ mine).sqrt()
+        V[at] = (G[best] - mine @ V[:at]) / pivot  # G is symmetric; rows are read faster
+        U[at] = (moments.B[best] - mine @ U[:at]) / pivot
+        left.addr_(V[at], U[at], alpha=-1)
     return chosen
 
 
@@ -207,32 +224,26 @@ def decompose_all(
     """
     total = rows.square().sum(1)
     norms = W_dec.norm(dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
-    chosen = [[own[at]] if own is not None and total[at] else [] for at in range(len(rows))]
-    parts = [_project(row, W_dec, mine) for row, mine in zip(rows, chosen, strict=True)]
-    going = [at for at in range(len(rows)) if total[at]]
-    for _ in range(n):
-        if not going:
+    found: list[list[tuple[int, float]]] = [[] for _ in range(len(rows))]
+    going = total.nonzero()[:, 0]
+    chosen = going.new_zeros(len(going), 0) if own is None else torch.as_tensor(own, dtype=torch.long)[going][:, None]
+    for step in range(n + 1):
+        # All rows at once, which have as many directions each: W_dec is larger than any cache, and reading it costs.
+        coefficients, left = _project(rows[going], W_dec[chosen])
+        for row, mine, a in zip(going.tolist(), chosen.tolist(), coefficients.tolist(), strict=True):
+            found[row] = list(zip(mine, a, strict=True))
+        if step == n or not len(going):
             break
-        # All rows at once: W_dec is larger than any cache, and reading it is what this costs.
-        fits = (torch.stack([parts[at][1] for at in going]) @ W_dec.T).abs_().div_(norms)
-        left_at, going = going, []
-        for at, fit in zip(left_at, fits, strict=True):
-            fit[chosen[at]] = -1
-            best = int(fit.argmax())
-            if fit[best].square() >= stop * total[at]:
-                chosen[at].append(best)
-                parts[at] = _project(rows[at], W_dec, chosen[at])
-                going.append(at)
-    return [
-        [(latent, float(a)) for latent, a in zip(mine, coefficients, strict=True)]
-        for mine, (coefficients, _) in zip(chosen, parts, strict=True)
-    ]
+        fits = (left @ W_dec.T).abs_().div_(norms).scatter_(1, chosen, -1)
+        best, latent = fits.max(1)
+        on = best.square() >= stop * total[going]
+        going, chosen = going[on], torch.cat([chosen, latent[:, None]], 1)[on]
+    return found
 
 
-def _project(row: Tensor, W_dec: Tensor, chosen: list[int]) -> tuple[Tensor, Tensor]:
-    """Least-squares coefficients of `row` on the chosen directions, and what they leave."""
-    if not chosen:
-        return row.new_zeros(0), row
-    D = W_dec[chosen]
-    coefficients = torch.linalg.lstsq(D.T, row[:, None], driver="gelsd").solution[:, 0]
-    return coefficients, row - coefficients @ D
+def _project(rows: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares coefficients [r, n] of rows [r, d] on directions D [r, n, d], and what they leave [r, d]."""
+    if not D.numel():
+        return rows.new_zeros(len(rows), 0), rows
+    coefficients = torch.linalg.lstsq(D.mT, rows[..., None], driver="gelsd").solution  # directions may be the same
+    return coefficients[..., 0], rows - (D.mT @ coefficients)[..., 0]

@@ -149,8 +149,9 @@ async def collect(
     revived: set[int],
     decode: Callable[[int], str],
     seed: int,
-) -> AsyncIterator[tuple[int, list[Context]]]:
-    """(latent, its contexts), in the given order; each as soon as it stands. The work is done in a thread."""
+) -> AsyncIterator[dict[int, list[Context]]]:
+    """The contexts of each latent, GROUP latents at a time in the given order, as soon as they stand. The work is done in a
+    thread."""
     if not latents:
         return
     found = await asyncio.to_thread(survey, spool, dictionary, latents)
@@ -159,8 +160,7 @@ async def collect(
         group = range(first, min(first + GROUP, len(latents)))
         picks = {at: pick(found, at, orders, latents[at] in revived, seed) for at in group}
         contexts = await asyncio.to_thread(_read, spool, dictionary, found.latents, picks, decode)
-        for at in group:
-            yield latents[at], contexts[at]
+        yield {latents[at]: contexts[at] for at in group}
 
 
 def _read(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "TokenSequence",
+    "by_length",
     "check_context_length",
     "context_split",
     "fit_rows",
@@ -175,16 +176,19 @@ class Corpus:
         return prefetch((self._pad(rows) for rows in self._bucketed(tokens_per_batch)), PREFETCH)
 
     def _bucketed(self, tokens_per_batch: int) -> Iterator[list[TokenSequence]]:
+        def positions(sequence: TokenSequence) -> int:
+            return len(sequence.ids)
+
         window: list[TokenSequence] = []
         held = 0
         for sequence in self.sequences():
             window.append(sequence)
             held += len(sequence.ids)
             if held >= WINDOW_BATCHES * tokens_per_batch:
-                *full, window = _by_length(window, tokens_per_batch)  # the last may be partial: it waits for more
+                *full, window = by_length(window, positions, tokens_per_batch)  # the last may be partial: it waits for more
                 held = sum(len(waiting.ids) for waiting in window)
                 yield from full
-        yield from _by_length(window, tokens_per_batch)
+        yield from by_length(window, positions, tokens_per_batch)
 
     def _pad(self, rows: list[TokenSequence]) -> Batch:
         lengths = np.array([len(row.ids) for row in rows], np.int64)
@@ -295,11 +299,11 @@ def _cut(parts: Iterable[NDArray[np.int64]], piece: int) -> Iterator[tuple[int, 
         yield start, left
 
 
-def _by_length(rows: list[TokenSequence], tokens_per_batch: int) -> list[list[TokenSequence]]:
-    """`rows` in batches of at most `tokens_per_batch` positions when padded, shortest first; stable."""
-    batches: list[list[TokenSequence]] = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        if batches and (len(batches[-1]) + 1) * len(row.ids) <= tokens_per_batch:
+def by_length(rows: Iterable[T], length: Callable[[T], int], limit: int) -> list[list[T]]:
+    """`rows` in batches of at most `limit` positions when padded, or one row, shortest first; stable."""
+    batches: list[list[T]] = []
+    for row in sorted(rows, key=length):
+        if batches and (len(batches[-1]) + 1) * length(row) <= limit:
             batches[-1].append(row)
         else:
             batches.append([row])

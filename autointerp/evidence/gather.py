@@ -6,9 +6,10 @@ touched.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
 from autointerp.evidence.paired import PairedModel
+from autointerp.evidence.parallel import replicas, tokens_per_batch
 from autointerp.evidence.predictions import Predictor
 from autointerp.evidence.rows import read_rows
 from autointerp.evidence.screening import Screen
@@ -42,13 +44,21 @@ MIN_SCREEN_TOKENS = 8192
 class Evidence:
     """One run's evidence in the making. Close it, or use it as a context manager: it holds the spool."""
 
-    def __init__(self, run: Run, model: PairedModel, dictionary: Dictionary, corpus: Corpus):
-        """Use `Evidence.load`."""
+    def __init__(
+        self, run: Run, model: PairedModel, dictionary: Dictionary, corpus: Corpus, in_memory: bool = False
+    ):
+        """Use `Evidence.load`. `in_memory`: the model is a user's own, and is run as it stands."""
         self.run, self.model, self.dictionary, self.corpus = run, model, dictionary, corpus
+        self.in_memory = in_memory
         self.decode: Callable[[int], str] = lru_cache(maxsize=None)(token_texts(corpus.tokenizer))
         self._open = ExitStack()
         self._spool: Spool | None = None
         self._selection: Selection | None = None
+
+    @cached_property
+    def models(self) -> list[PairedModel]:
+        """Replicas of the model that run at once; the one alone where it is a user's own, in memory."""
+        return [self.model] if self.in_memory else replicas(self.model)
 
     @classmethod
     def load(
@@ -77,7 +87,7 @@ class Evidence:
             documents, model.tokenizer, run.context_length, dictionary.prepend_bos, run.max_tokens, run.settings.seed
         )
         corpus.check()
-        return cls(run, model, dictionary, corpus)
+        return cls(run, model, dictionary, corpus, in_memory=pair is not None)
 
     def select(self, progress: Progress) -> tuple[Selection, list[Write]]:
         """Reads the corpus once and chooses; the selection, and what the rows of the selected latents write."""
@@ -87,12 +97,12 @@ class Evidence:
             self.dictionary.d_sae, self.model.d_model, max(MIN_SCREEN_TOKENS, self.run.max_tokens // SCREEN_SHARE)
         )
         measured = measure(
-            self.model,
+            self.models,
             self.dictionary,
             self.corpus,
             screen,
             spool,
-            tokens_per_batch=settings.tokens_per_batch,
+            tokens_per_batch=settings.tokens_per_batch or tokens_per_batch(self.model.device),
             progress=progress,
         )
         fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
@@ -107,11 +117,12 @@ class Evidence:
             raise RuntimeError("select first")
         states = self._selection.columns["state"]
         revived = {latent for latent in self._selection.latents if states[latent] == "revived"}
-        predictor = Predictor(self.model, self._spool, self.corpus.bos, self.decode)
-        async for latent, found in collect(
-            self._spool, self.dictionary, self._selection.latents, revived, self.decode, self.run.settings.seed
-        ):
-            yield latent, found, await _in_thread(predictor.predict, found)
+        predictor = Predictor(self.models, self._spool, self.corpus.bos, self.decode)
+        latents, seed = self._selection.latents, self.run.settings.seed
+        async for group in collect(self._spool, self.dictionary, latents, revived, self.decode, seed):
+            predictions = await asyncio.to_thread(predictor.predict, [c for found in group.values() for c in found])
+            for latent, found in group.items():
+                yield latent, found, [p for p in predictions if p.latent == latent]
 
     def close(self) -> None:
         self._open.close()
@@ -121,14 +132,6 @@ class Evidence:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-async def _in_thread(
-    function: Callable[[list[Context]], list[Prediction]], contexts: list[Context]
-) -> list[Prediction]:
-    import asyncio
-
-    return await asyncio.to_thread(function, contexts)
 
 
 def library_versions() -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,16 @@ class ModelPair(ABC):
     @abstractmethod
     def model(self) -> PreTrainedModel:
         """The base side's modules and config; not for running."""
+
+    @property
+    @abstractmethod
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """Every model whose weights the pair holds."""
+
+    def replica(self) -> Self:
+        """The same pair for another thread: modules of its own, to be switched and hooked alone; weights shared."""
+        tensors = [t for model in self.models for t in (*model.parameters(), *model.buffers())]
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
 
     @cached_property
     def changed_places(self) -> list[tuple[int, str]]:
@@ -107,6 +118,10 @@ class PeftPair(ModelPair):
     def model(self) -> PreTrainedModel:
         return self._model
 
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return (self._model,)
+
     @contextmanager
     def adapted(self) -> Iterator[PreTrainedModel]:
         with self._evaluation():
@@ -138,6 +153,10 @@ class TwoModels(ModelPair):
     @property
     def model(self) -> PreTrainedModel:
         return self._base
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return self._base, self._adapted
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
@@ -221,11 +240,12 @@ class _Evaluation:
         flags = [parameter.requires_grad for parameter in self._parameters]
         for module in training:
             module.training = False
-        _TRANSFORMERS.addFilter(_is_not_about_padding)
+        mine = partial(_is_not_about_padding)  # its own, which a replica in another thread does not take away
+        _TRANSFORMERS.addFilter(mine)
         try:
             yield
         finally:
-            _TRANSFORMERS.removeFilter(_is_not_about_padding)
+            _TRANSFORMERS.removeFilter(mine)
             for module in training:
                 module.training = True
             for parameter, flag in zip(self._parameters, flags, strict=True):

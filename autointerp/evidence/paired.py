@@ -7,6 +7,7 @@ causal model the padding only follows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ class _Reached(Exception):
 
 
 class PairedModel:
-    """A base model and its adapted self, read at one hook point. Not safe to use from two threads at once."""
+    """A base model and its adapted self, read at one hook point. Not safe to use from two threads at once: see `replica`."""
 
     def __init__(self, pair: ModelPair, hook: str | HookPoint, tokenizer: Tokenizer):
         """InputError for a hook that the model does not have, or a tokenizer with more tokens than it embeds."""
@@ -57,6 +58,12 @@ class PairedModel:
         resolve(hook, load_config(base))
         tokenizer = load_tokenizer(base, adapters.local_folder(adapter))
         return cls(found.load(adapter, str(base), dtype=dtype, device=device), hook, tokenizer)
+
+    def replica(self) -> PairedModel:
+        """The same for another thread: modules of its own, the same weights."""
+        other = copy.copy(self)
+        other.pair = self.pair.replica()
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -96,17 +103,22 @@ class PairedModel:
         return x_base, x_adapted
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor, *, last: bool = False) -> tuple[Tensor, Tensor]:
+    def logits(self, ids: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Next-token logits (base, adapted), each [b, t, vocabulary], of token ids [b, t], right-padded.
 
-        A vocabulary is large: give a few sequences at a time, or ask for those after the last position alone (t = 1).
+        A vocabulary is large: give a few sequences at a time, or ask for those after position at [b] of each sequence
+        alone, [b, vocabulary].
         """
-        kept_logits = {"logits_to_keep": 1} if last else {}
         ids, n_shared = self._checked(ids), self._n_shared
-        with self.pair.base() as model, self._kept(model, n_shared) as kept:
-            base = model(ids, use_cache=False, **kept_logits).logits
-        with self.pair.adapted() as model, self._passed_over(model, n_shared, kept.get("block")):
-            adapted = model(ids, use_cache=False, **kept_logits).logits
+        with self.pair.base() as model, self._kept(model, n_shared) as kept, _unembedding_only(model, at):
+            base = model(ids, use_cache=False).logits
+        with (
+            self.pair.adapted() as model,
+            self._passed_over(model, n_shared, kept.get("block")),
+            _unembedding_only(model, at),
+        ):
+            adapted = model(ids, use_cache=False).logits
+        base, adapted = (logits if at is None else logits[:, 0] for logits in (base, adapted))
         return base, adapted[..., : base.shape[-1]]
 
     @torch.inference_mode()
@@ -208,3 +220,21 @@ class PairedModel:
                 " --context-length"
             )
         return ids.to(self.device)
+
+
+@contextmanager
+def _unembedding_only(model: PreTrainedModel, at: Tensor | None) -> Iterator[None]:
+    """The model unembeds position at [b] of each sequence alone; every position where that is None."""
+    if at is None:
+        yield
+        return
+
+    def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        return x[torch.arange(len(x), device=x.device), at.to(x.device)][:, None], *args[1:]
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)  # pyright: ignore
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -10,7 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from autointerp.evidence.corpus import by_length
 from autointerp.evidence.paired import PairedModel
+from autointerp.evidence.parallel import in_order, tokens_per_batch
 from autointerp.evidence.spool import Spool
 from autointerp.records import Context, Prediction
 
@@ -19,13 +21,16 @@ N_CONTEXTS = 2
 N_TOKENS = 5
 SIDES: tuple[Literal["base", "adapted"], ...] = ("base", "adapted")
 
+Peak = tuple[Context, np.ndarray]
+"""A context, and the token ids of its sequence up to the peak."""
+
 
 class Predictor:
     """Runs both models to the end on the text up to a peak."""
 
-    def __init__(self, model: PairedModel, spool: Spool, bos: np.ndarray, decode: Callable[[int], str]):
-        """`bos`: ids put before every sequence, none or one."""
-        self.model, self.spool, self.bos, self.decode = model, spool, bos, decode
+    def __init__(self, models: Sequence[PairedModel], spool: Spool, bos: np.ndarray, decode: Callable[[int], str]):
+        """`models`: replicas of one pair. `bos`: ids put before every sequence, none or one."""
+        self.models, self.spool, self.bos, self.decode = models, spool, bos, decode
         self._starts: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for sequence in range(len(spool)):
             doc, _, start = spool.place(sequence)
@@ -34,18 +39,33 @@ class Predictor:
             places.sort()
 
     def predict(self, contexts: Sequence[Context]) -> list[Prediction]:
-        """Predictions for the strongest `top` contexts of the explain split."""
-        shown = sorted((c for c in contexts if c.kind == "top" and c.split == "explain"), key=lambda c: c.rank)
-        return [p for context in shown[:N_CONTEXTS] for p in self._at(context)]
+        """Predictions for the strongest `top` contexts of each latent's explain split, one context after the other."""
+        strongest: dict[int, list[Context]] = defaultdict(list)
+        for context in sorted(contexts, key=lambda c: c.rank):
+            if context.kind == "top" and context.split == "explain" and len(strongest[context.latent]) < N_CONTEXTS:
+                strongest[context.latent].append(context)
+        peaks = [(context, self._text(context)) for shown in strongest.values() for context in shown]
+        limit = tokens_per_batch(self.models[0].device)
+        batches = by_length(peaks, lambda peak: len(peak[1]), limit)
+        return [p for found in in_order(self._at, self.models, batches) for p in found]
 
-    def _at(self, context: Context) -> list[Prediction]:
+    def _text(self, context: Context) -> np.ndarray:
         places = self._starts[context.doc]
         start, sequence = places[bisect.bisect_right(places, (context.position, len(self.spool))) - 1]
         text = self.spool.ids(sequence)[: context.position - start + 1]
-        ids = torch.from_numpy(np.concatenate([self.bos, text]).astype(np.int64))[None]
-        found: list[Prediction] = []
-        for side, logits in zip(SIDES, self.model.logits(ids, last=True), strict=True):
-            best = logits[0, -1].float().softmax(-1).topk(N_TOKENS)
-            for rank, (p, token) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start=1):
-                found.append(Prediction(context.latent, context.context_id, side, rank, self.decode(token), p))
-        return found
+        return np.concatenate([self.bos, text]).astype(np.int64)
+
+    def _at(self, model: PairedModel, batch: list[Peak]) -> list[Prediction]:
+        ids = torch.zeros(len(batch), max(len(text) for _, text in batch), dtype=torch.long)
+        for row, (_, text) in zip(ids, batch, strict=True):
+            row[: len(text)] = torch.from_numpy(text)
+        last = torch.tensor([len(text) - 1 for _, text in batch])
+        tops = [logits.float().softmax(-1).topk(N_TOKENS) for logits in model.logits(ids, last)]
+        return [
+            Prediction(context.latent, context.context_id, side, rank, self.decode(token), p)
+            for row, (context, _) in enumerate(batch)
+            for side, top in zip(SIDES, tops, strict=True)
+            for rank, (p, token) in enumerate(
+                zip(top.values[row].tolist(), top.indices[row].tolist(), strict=True), start=1
+            )
+        ]

@@ -3,7 +3,9 @@ suppresses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +26,8 @@ N_TOKENS = 10
 """Tokens kept on each side."""
 N_STATES = 64
 """Firing tokens over which the change of log-probabilities is averaged."""
+MAX_LOGITS = 1 << 24
+"""Logits held at once, on each side."""
 HINT_TOKENS = 3
 MIN_OCCURRENCES = 5
 """Occurrences in the corpus from which a token is shown as promoted or suppressed."""
@@ -59,8 +63,9 @@ def read_rows(
     directions = {j: rows[j] for j in kept} | {j: fitted.W_dec[j] for j in revived}
     states = firing_states(spool, dictionary, kept, "base") | firing_states(spool, dictionary, revived, "adapted")
     seen = torch.from_numpy(spool.seen(model.vocab_size, MIN_OCCURRENCES))
-    for j, (x, z) in states.items():
-        writes += _token_writes(j, token_effects(model, x, z[:, None] * directions[j].float()), seen, decode)
+    written = {j: (x, z[:, None] * directions[j].float()) for j, (x, z) in states.items()}
+    for j, effects in token_effects(model, written):
+        writes += _token_writes(j, effects, seen, decode)
     return writes
 
 
@@ -106,11 +111,25 @@ class TokenEffects(NamedTuple):
     """Mean probability before."""
 
 
-def token_effects(model: PairedModel, x: Tensor, written: Tensor) -> TokenEffects:
-    """Of adding `written` [n, d] to the stream x [n, d], read through the final norm and the unembedding."""
-    before = model.unembed(x).float().log_softmax(-1)
-    after = model.unembed(x + written.to(x)).float().log_softmax(-1)
-    return TokenEffects((after - before).mean(0).cpu(), before.exp().mean(0).cpu())
+def token_effects(
+    model: PairedModel, states: Mapping[int, tuple[Tensor, Tensor]]
+) -> Iterator[tuple[int, TokenEffects]]:
+    """Of adding what each latent writes to the stream, read through the final norm and the unembedding.
+
+    states: by latent, x [n, d] and what is written there [n, d]. Several latents go through the model at once, as many as
+    MAX_LOGITS allows.
+    """
+    waiting = list(states.items())
+    while waiting:
+        rows = list(accumulate(len(x) for _, (x, _) in waiting))
+        n = max(1, bisect_right(rows, MAX_LOGITS // model.vocab_size))
+        now, waiting = waiting[:n], waiting[n:]
+        x, written = (torch.cat(parts) for parts in zip(*(pair for _, pair in now), strict=True))
+        before = model.unembed(x).float().log_softmax(-1)
+        after = model.unembed(x + written.to(x)).float().log_softmax(-1)
+        for (latent, _), end, begin in zip(now, rows, [0, *rows], strict=False):
+            p, q = before[begin:end], after[begin:end]
+            yield latent, TokenEffects((q - p).mean(0).cpu(), p.exp().mean(0).cpu())
 
 
 def _latent_writes(latent: int, targets: list[tuple[int, float]], hints: dict[int, str]) -> list[Write]:

@@ -77,16 +77,19 @@ def select(measured: Measured, fitted: FittedMap, selector: str, top: int, fdr: 
     if not 0 < fdr < 1:
         raise InputError(f"--fdr {fdr}: give a rate between 0 and 1, e.g. 0.05")
     ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed))
+    curve = fitted.coverage(ranking.latents)
     return Selection(
         latents=ranking.latents,
         roles=ranking.roles,
-        columns=_columns(measured, fitted, ranking),
-        figures=_figures(measured, fitted, ranking, seed),
+        columns=_columns(measured, fitted, ranking, curve),
+        figures=_figures(measured, fitted, ranking, curve, seed),
         fitted=fitted,
     )
 
 
-def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking) -> dict[str, np.ndarray]:
+def _columns(
+    measured: Measured, fitted: FittedMap, ranking: Ranking, curve: list[float]
+) -> dict[str, np.ndarray]:
     statistics = measured.statistics
     n, m = max(statistics.n_tokens, 1), statistics.m
     columns: dict[str, np.ndarray] = {
@@ -107,7 +110,7 @@ def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking) -> dict[st
     columns |= ranking.columns
     rank, coverage = np.full((2, m), np.nan)
     rank[ranking.latents] = np.arange(1, len(ranking.latents) + 1)
-    coverage[ranking.latents] = fitted.coverage(ranking.latents)
+    coverage[ranking.latents] = curve
     role = np.full(m, None, dtype=object)
     role[ranking.latents] = ranking.roles
     return columns | {"rank": rank, "coverage": coverage, "role": role}
@@ -121,11 +124,12 @@ def _restrict(columns: dict[str, np.ndarray], fitted: FittedMap, latents: list[i
         columns["write_size"][latent] = float(row.norm())
 
 
-def _figures(measured: Measured, fitted: FittedMap, ranking: Ranking, seed: int) -> dict[str, float | int | None]:
+def _figures(
+    measured: Measured, fitted: FittedMap, ranking: Ranking, curve: list[float], seed: int
+) -> dict[str, float | int | None]:
     statistics, stream = measured.statistics, measured.statistics.stream
     n = statistics.n_tokens
     fvu_base, fvu_adapted = stream.fvu(n)
-    curve = fitted.coverage(ranking.latents)
     coverage = curve[-1] if curve and not np.isnan(curve[-1]) else None
     return {
         "n_docs": measured.n_docs,

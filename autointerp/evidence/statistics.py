@@ -22,8 +22,8 @@ latents are the fewest that can pass."""
 N_PLACES = 16
 """Equal parts of a sequence, over which the tests compare like with like."""
 PENDING_ROWS = 16384
-"""Tokens whose codes are gathered before one sparse Gram product: adding it into the dense G costs as much for few as
-for many."""
+"""Tokens that are gathered before their products are added up: adding them into the dense G and B costs as much for few
+as for many."""
 _MASK = (1 << 64) - 1
 
 
@@ -162,48 +162,26 @@ class MapMoments:
         self.z, self.decoy_z = np.zeros((N_PLACES, p)), np.zeros((n_decoys, N_PLACES, p))
         self.change, self.decoy_change = np.zeros((N_PLACES, d)), np.zeros((n_decoys, N_PLACES, d))
         self.B, self.decoy_B = np.zeros((p, d)), np.zeros((n_decoys, p, d))
-        self._pending: list[tuple[csr_matrix, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, z: csr_matrix, change: np.ndarray, place: np.ndarray, signs: np.ndarray) -> None:
-        """z [n, p], change [n, d], place [n], signs [n, n_decoys]. The sums stand after `settle`."""
+        """z [n, p], change [n, d], place [n], signs [n, n_decoys]."""
         self.n += len(change)
-        self._pending.append((z, change, place, signs))
-        if sum(len(waiting[1]) for waiting in self._pending) >= PENDING_ROWS:
-            self.settle()
-
-    def settle(self) -> MapMoments:
-        """Adds the pending tokens into the sums; returns itself."""
-        if not self._pending:
-            return self
-        codes, *others = zip(*self._pending, strict=True)
-        self._pending = []
-        z = csr_matrix(vstack(codes))
-        change, place, signs = (np.concatenate(parts) for parts in others)
-        self.G += (z.T.tocsr() @ z).toarray()
+        by_latent = z.T.tocsr()
+        self.G += (by_latent @ z).toarray()
         self.S += change.T @ change
         self.fired += np.bincount(z.indices, minlength=len(self.fired))
-        # Tokens with the same signs need one product for all decoys, and n_decoys signs have few patterns.
-        patterns, pattern = np.unique(signs, axis=0, return_inverse=True)
-        for at, pattern_signs in enumerate(patterns):
-            rows = np.flatnonzero(pattern.ravel() == at)
-            self._add_products(z[rows], change[rows], place[rows], pattern_signs)
-        return self
-
-    def _add_products(self, z: csr_matrix, change: np.ndarray, place: np.ndarray, signs: np.ndarray) -> None:
-        """Counts, Σ z, ΣΔx and B of tokens that all have these signs [n_decoys]."""
-        at = csr_matrix((np.ones(len(place)), (place, np.arange(len(place)))), shape=(N_PLACES, len(place)))
-        count, total_z = np.bincount(place, minlength=N_PLACES), csr_matrix(at @ z).toarray()
-        sums = (count, total_z, at @ change, z.T @ change)
-        for total, added in zip((self.count, self.z, self.change, self.B), sums, strict=True):
+        at = csr_matrix((np.ones(len(place), np.float32), (place, np.arange(len(place)))), shape=(N_PLACES, len(place)))
+        sums = (self.count, self.z, self.change, self.B)
+        for total, added in zip(sums, _products(at, by_latent, z, change), strict=True):
             total += added
         decoys = (self.decoy_count, self.decoy_z, self.decoy_change, self.decoy_B)
-        for r, sign in enumerate(signs):
-            for total, added in zip(decoys, sums, strict=True):
-                total[r] += sign * added
+        for r, sign in enumerate(signs.T):
+            # Signs go to the few codes rather than to the change: [nnz] numbers, not [n, d].
+            flipped = _products(_signed(at, sign), _signed(by_latent, sign), z, change)
+            for total, added in zip(decoys, flipped, strict=True):
+                total[r] += added
 
     def __add__(self, other: MapMoments) -> MapMoments:
-        self.settle()
-        other.settle()
         result = MapMoments(0, 0, 0)
         for name in self._SUMS:
             setattr(result, name, getattr(self, name) + getattr(other, name))
@@ -211,7 +189,6 @@ class MapMoments:
 
     def moments(self, mean: np.ndarray, static: np.ndarray) -> Moments:
         """Codes centred on their mean [N_PLACES, p], the change on the static part [N_PLACES, d]."""
-        self.settle()
         count = self.count[:, None]
         left = self.change - count * static
         G = self.G - self.z.T @ mean - mean.T @ self.z + mean.T @ (count * mean)
@@ -224,6 +201,18 @@ class MapMoments:
         sums = zip(self.decoy_count, self.decoy_z, self.decoy_change, self.decoy_B, strict=True)
         B = (B - z.T @ static - mean.T @ (change - count[:, None] * static) for count, z, change, B in sums)
         return [Moments(self.n, target.G, _tensor(b), target.S) for b in B]
+
+
+def _signed(by_token: csr_matrix, sign: np.ndarray) -> csr_matrix:
+    """A matrix [k, n] with its columns, one a token, multiplied by sign [n]."""
+    data = by_token.data * sign[by_token.indices]
+    return csr_matrix((data, by_token.indices, by_token.indptr), shape=by_token.shape)
+
+
+def _products(at: csr_matrix, by_latent: csr_matrix, z: csr_matrix, change: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Counts [N_PLACES], Σ z [N_PLACES, p], ΣΔx [N_PLACES, d] and B [p, d]; `at` [N_PLACES, n] is the weight of each token
+    in its place, `by_latent` [p, n] are the codes so weighted."""
+    return np.asarray(at.sum(1)).ravel(), csr_matrix(at @ z).toarray(), at @ change, by_latent @ change
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
@@ -243,8 +232,21 @@ class ChangeStatistics:
         self.base = LatentMoments(m)
         self.adapted = LatentMoments(m)
         self.stream = StreamMoments.zero(d)
-        self.fit = MapMoments(len(self.tracked), d, N_DECOYS)
-        self.held = MapMoments(len(self.tracked), d, 0)
+        self._fit = MapMoments(len(self.tracked), d, N_DECOYS)
+        self._held = MapMoments(len(self.tracked), d, 0)
+        self._pending: list[tuple[csr_matrix, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    @property
+    def fit(self) -> MapMoments:
+        """Of the half that the map is fitted and tested on."""
+        self._settle()
+        return self._fit
+
+    @property
+    def held(self) -> MapMoments:
+        """Of the half that it is measured on."""
+        self._settle()
+        return self._held
 
     def add(self, codes: PairedCodes, W_dec: np.ndarray, b_dec: np.ndarray) -> None:
         """Adds the counted tokens of a batch; W_dec [m, d], b_dec [d]."""
@@ -261,10 +263,21 @@ class ChangeStatistics:
         self, z: csr_matrix, change: np.ndarray, order: np.ndarray, position: np.ndarray, place: np.ndarray
     ) -> None:
         """Adds tokens to the change map alone: base codes z [n, m], change [n, d]; see `PairedCodes` for the rest."""
+        self._pending.append((z, change, order, position, place))
+        if sum(len(waiting[1]) for waiting in self._pending) >= PENDING_ROWS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Adds the pending tokens into the moments of their half."""
+        if not self._pending:
+            return
+        codes, *others = zip(*self._pending, strict=True)
+        self._pending = []
+        z = csr_matrix(vstack(codes))
         tracked = z if len(self.tracked) == self.m else z[:, self.tracked]
-        fit = fit_rows(order)
-        signs = decoy_signs(order, position, self.seed)
-        for half, mine, n_decoys in ((self.fit, fit, N_DECOYS), (self.held, ~fit, 0)):
+        change, order, position, place = (np.concatenate(parts) for parts in others)
+        fit, signs = fit_rows(order), decoy_signs(order, position, self.seed)
+        for half, mine, n_decoys in ((self._fit, fit, N_DECOYS), (self._held, ~fit, 0)):
             if mine.any():
                 half.add(tracked[mine], change[mine], place[mine], signs[mine, :n_decoys])
 
@@ -275,8 +288,9 @@ class ChangeStatistics:
             raise ValueError("statistics of different dictionaries, seeds or tracked latents do not add up")
         result = ChangeStatistics(self.m, self.d, self.tracked[:0], self.seed)
         result.tracked = self.tracked
-        for name in ("n_tokens", "base", "adapted", "stream", "fit", "held"):
+        for name in ("n_tokens", "base", "adapted", "stream"):
             setattr(result, name, getattr(self, name) + getattr(other, name))
+        result._fit, result._held = self.fit + other.fit, self.held + other.held
         return result
 
     def tracking(self, tracked: np.ndarray) -> ChangeStatistics:
@@ -288,7 +302,7 @@ class ChangeStatistics:
 
     def fit_fired(self) -> np.ndarray:
         """How often each tracked latent fired in the base model on the fit half [p]."""
-        return self.fit.settle().fired
+        return self.fit.fired
 
     @property
     def static(self) -> np.ndarray:
@@ -298,7 +312,7 @@ class ChangeStatistics:
     def centre(self, by_place: bool) -> tuple[np.ndarray, np.ndarray]:
         """Mean base codes [N_PLACES, p] and mean change [N_PLACES, d] over the tokens of the map, both halves: those of
         each place, or of all tokens, the same in each row."""
-        fit, held = self.fit.settle(), self.held.settle()
+        fit, held = self.fit, self.held
         count, z, change = ((getattr(fit, name) + getattr(held, name)) for name in ("count", "z", "change"))
         if not by_place:
             count, z, change = (np.broadcast_to(total.sum(0), total.shape) for total in (count, z, change))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from autointerp.evidence.corpus import Batch, Corpus, prefetch
+from autointerp.evidence.corpus import Batch, Corpus
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.paired import PairedModel
+from autointerp.evidence.parallel import in_order
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
 from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
@@ -23,9 +24,6 @@ CALIBRATION_TOKENS = 8192
 """Counted tokens at the head of the shuffled corpus that set the median."""
 ENCODE_ROWS = 1024
 """Tokens encoded at a time: [rows, m] must stay in cache."""
-AHEAD = 1
-"""Batches encoded ahead of the statistics."""
-
 Progress = Callable[[int], None]
 """Called with the number of document tokens of each batch that is done."""
 
@@ -86,11 +84,9 @@ def to_codes(dictionary: Dictionary, x: torch.Tensor) -> csr_matrix:
     return csr_matrix((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(len(x), dictionary.d_sae))
 
 
-def paired_batches(model: PairedModel, corpus: Corpus, tokens_per_batch: int) -> Iterator[PairedBatch]:
-    """Every batch of the corpus with its activations on both sides."""
-    for batch in corpus.batches(tokens_per_batch):
-        x_base, x_adapted = model.activations(batch.ids)
-        yield PairedBatch(batch, x_base, x_adapted)
+def read(model: PairedModel, batch: Batch) -> PairedBatch:
+    """The batch with its activations on both sides."""
+    return PairedBatch(batch, *model.activations(batch.ids))
 
 
 def median_norm(batches: list[PairedBatch]) -> float:
@@ -99,7 +95,7 @@ def median_norm(batches: list[PairedBatch]) -> float:
 
 
 def measure(
-    model: PairedModel,
+    models: Sequence[PairedModel],
     dictionary: Dictionary,
     corpus: Corpus,
     screen: Screen,
@@ -108,21 +104,32 @@ def measure(
     tokens_per_batch: int = 4096,
     progress: Progress = lambda _n: None,
 ) -> Measured:
-    """Reads the corpus once. `screen` says which latents enter the change map; the spool is filled, not closed."""
-    stream = paired_batches(model, corpus, tokens_per_batch)
-    head: list[PairedBatch] = []
-    for paired in stream:
-        head.append(paired)
-        if sum(int(p.batch.counted.sum()) for p in head) >= CALIBRATION_TOKENS:
-            break
-    pass_ = _Pass(dictionary, screen, spool, corpus)
-    limit = OUTLIER * median_norm(head)
-    # Torch works ahead in a thread while scipy, which uses one core, adds up the batch before.
-    batches = (encoded(dictionary, paired, limit, corpus.piece) for paired in _chained(head, stream))
-    with closing(prefetch(batches, AHEAD)) as coded:
-        for batch in coded:
-            pass_.add(batch, progress)
-    return pass_.result(limit)
+    """Reads the corpus once. `screen` says which latents enter the change map; the spool is filled, not closed.
+
+    models: replicas of one pair, each of which reads and encodes a batch while scipy, which uses one core, adds up those
+    before, in this thread.
+    """
+    with closing(corpus.batches(tokens_per_batch)) as batches:
+        head = list(in_order(read, models, _head(batches)))
+        pass_ = _Pass(dictionary, screen, spool, corpus)
+        limit = OUTLIER * median_norm(head)
+
+        def coded(model: PairedModel, batch: Batch | PairedBatch) -> CodedBatch:
+            paired = batch if isinstance(batch, PairedBatch) else read(model, batch)
+            return encoded(dictionary, paired, limit, corpus.piece)
+
+        with closing(in_order(coded, models, _chained(head, batches))) as stream:
+            for batch in stream:
+                pass_.add(batch, progress)
+        return pass_.result(limit)
+
+
+def _head(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches until they hold CALIBRATION_TOKENS counted tokens."""
+    counted = 0
+    while counted < CALIBRATION_TOKENS and (batch := next(batches, None)) is not None:
+        counted += int(batch.counted.sum())
+        yield batch
 
 
 def encoded(dictionary: Dictionary, paired: PairedBatch, norm_limit: float, piece: int) -> CodedBatch:
@@ -145,11 +152,11 @@ def encoded(dictionary: Dictionary, paired: PairedBatch, norm_limit: float, piec
     return CodedBatch(batch, counted, paired.x_base.cpu(), paired.x_adapted.cpu(), codes)
 
 
-def _chained(head: list[PairedBatch], stream: Iterator[PairedBatch]) -> Iterator[PairedBatch]:
-    """`head`, let go of as it is read, then the rest of the stream."""
+def _chained(head: list[PairedBatch], batches: Iterator[Batch]) -> Iterator[PairedBatch | Batch]:
+    """`head`, let go of as it is read, then the other batches."""
     while head:
         yield head.pop(0)
-    yield from stream
+    yield from batches
 
 
 class _Pass:

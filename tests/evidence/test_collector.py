@@ -44,14 +44,14 @@ def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         m, d = evidence.dictionary.W_dec.shape
         spool = Spool(d, torch.float32, folder)
         measured = measure(
-            evidence.model, evidence.dictionary, evidence.corpus, Screen(m, d, 0), spool, tokens_per_batch=256
+            [evidence.model], evidence.dictionary, evidence.corpus, Screen(m, d, 0), spool, tokens_per_batch=256
         )
         fired = measured.statistics.base.fired, measured.statistics.adapted.fired
         revived = set(np.flatnonzero((fired[0] == 0) & (fired[1] > 0)).tolist())
 
         async def gather() -> dict[int, list[Context]]:
             found = collect(spool, evidence.dictionary, list(range(m)), revived, evidence.decode, 0)
-            return {latent: contexts async for latent, contexts in found}
+            return {latent: contexts async for group in found for latent, contexts in group.items()}
 
         contexts = asyncio.run(gather())
         orders = {sequence.doc: sequence.order for sequence in evidence.corpus.sequences()}

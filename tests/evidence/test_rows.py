@@ -41,7 +41,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
     with Evidence.load(small.run) as evidence:
         m, d = evidence.dictionary.W_dec.shape
         with Spool(d, torch.float32, folder) as spool:
-            measured = measure(evidence.model, evidence.dictionary, evidence.corpus, Screen(m, d, 0), spool)
+            measured = measure([evidence.model], evidence.dictionary, evidence.corpus, Screen(m, d, 0), spool)
             fitted = FittedMap(measured.statistics, evidence.dictionary.W_dec)
             writes: dict[int, dict[str, list[Write]]] = defaultdict(lambda: defaultdict(list))
             for write in read_rows(fitted, LATENTS, evidence.model, evidence.dictionary, spool, evidence.decode):

@@ -76,7 +76,7 @@ def passed(small: world.World, budget: int, keep: int, folder: Path) -> Measured
         m, d = evidence.dictionary.W_dec.shape
         screen = Screen(m, d, budget, keep)
         with Spool(d, torch.float32, folder) as spool:
-            return measure(evidence.model, evidence.dictionary, evidence.corpus, screen, spool, tokens_per_batch=256)
+            return measure([evidence.model], evidence.dictionary, evidence.corpus, screen, spool, tokens_per_batch=256)
 
 
 def test_a_corpus_shorter_than_the_budget_is_read_back(small: world.World, tmp_path: Path) -> None:
@@ -87,13 +87,13 @@ def test_a_corpus_shorter_than_the_budget_is_read_back(small: world.World, tmp_p
         measured = passed(small, budget, 16, tmp_path)
         statistics = measured.statistics
         assert statistics.n_tokens == n
-        mapped = statistics.fit.settle().n + statistics.held.settle().n
+        mapped = statistics.fit.n + statistics.held.n
         assert 0.7 * n < mapped < 0.95 * n
         assert len(statistics.tracked) == 16
         assert 0 < measured.left_out < 1
         np.testing.assert_array_equal(statistics.base.fired, everything.base.fired)
     tracked = statistics.tracked
-    rest = everything.fit.settle().fired[tracked] + everything.held.settle().fired[tracked]
+    rest = everything.fit.fired[tracked] + everything.held.fired[tracked]
     seen = statistics.fit.fired + statistics.held.fired
     assert (seen <= rest).all()
     assert seen.sum() > 0.6 * rest.sum()
