@@ -1,17 +1,17 @@
 """Several batches at once on a CPU: each core runs a batch of its own, instead of all cores sharing every operation.
 
-Operations of small models are too short to be worth splitting: threads wait for each other more than they compute.
-A batch for each core needs no waiting and stays in that core's cache. The order of the results is that of the batches, so
-what is added up from them does not depend on which core was first.
+Operations of small models are too short to be worth splitting: threads wait for each other more than they compute. A batch
+for each core needs no waiting and stays in that core's cache. Results are handed on in the order of the batches, so what is
+added up from them does not depend on which core was first, and by the threads that made them, so that there are never more
+of those than cores.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,8 +22,8 @@ R = TypeVar("R")
 
 MAX_MODELS = 8
 """Batches at once: beyond it, threads wait for the interpreter."""
-AHEAD = 1
-"""Results made ahead of the reader, besides those under way."""
+AHEAD = 2
+"""Results for each model that may wait for those before them to be handed on."""
 TOKENS_PER_BATCH = {"cpu": 1024}
 """Positions of a batch that stays in a core's cache, by device type."""
 TOKENS_PER_LARGE_BATCH = 4096
@@ -42,36 +42,94 @@ def replicas(model: PairedModel) -> list[PairedModel]:
 
 
 def in_order(
-    work: Callable[[PairedModel, T], R], models: Sequence[PairedModel], items: Iterable[T]
-) -> Generator[R, None, None]:
-    """work(model, item) for each item, in the order of `items`, each model in one thread at a time.
+    work: Callable[[PairedModel, T], R],
+    then: Callable[[R], object],
+    models: Sequence[PairedModel],
+    items: Iterable[T],
+) -> None:
+    """then(work(model, item)) for each item: `work` on several at once, each model in one thread at a time; `then` one
+    after the other, in the order of `items`.
 
-    Torch's threads are shared out among the models. What `work` raises is raised here; closing the result waits for what
-    is under way.
+    Torch's threads are shared out among the models. What either raises is raised here, and no further item is begun.
     """
-    free: SimpleQueue[PairedModel] = SimpleQueue()
-    for model in models:
-        free.put(model)
-
-    def run(item: T) -> R:
-        model = free.get()
-        try:
-            return work(model, item)
-        finally:
-            free.put(model)
-
     threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        len(models), "autointerp-model", torch.set_num_threads, (max(1, threads // len(models)),)
-    )
-    under_way: deque[Future[R]] = deque()
+    n = max(2, len(models))  # a single model, on a GPU perhaps, does not wait for `then`
+    run = _InOrder(work, then, models, items, n, max(1, threads // len(models)))
+    workers = [threading.Thread(target=run.work, name="autointerp-model") for _ in range(n)]
     try:
-        for item in items:
-            under_way.append(pool.submit(run, item))
-            if len(under_way) > len(models) + AHEAD:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        run.stop()
         torch.set_num_threads(threads)  # what a worker sets is the default of threads to come
+    if run.errors:
+        raise run.errors[0]
+
+
+class _InOrder(Generic[T, R]):
+    """The state that the threads of one `in_order` share."""
+
+    def __init__(
+        self,
+        work: Callable[[PairedModel, T], R],
+        then: Callable[[R], object],
+        models: Sequence[PairedModel],
+        items: Iterable[T],
+        n_threads: int,
+        torch_threads: int,
+    ):
+        self._over, self._n = threading.Event(), n_threads
+        self.errors: list[BaseException] = []
+        self._work, self._then, self._torch_threads = work, then, torch_threads
+        self._items, self._next_item = enumerate(items), threading.Lock()
+        self._free: SimpleQueue[PairedModel] = SimpleQueue()
+        for model in models:
+            self._free.put(model)
+        self._room = threading.Semaphore((1 + AHEAD) * n_threads)
+        self._done: dict[int, R] = {}
+        self._handed_on, self._turn = 0, threading.Lock()
+
+    def work(self) -> None:
+        """What each thread does: takes an item, works on it, hands on what is next in order, until there are none."""
+        torch.set_num_threads(self._torch_threads)
+        try:
+            while not self._over.is_set() and (numbered := self._take()) is not None:
+                number, item = numbered
+                model = self._free.get()
+                try:
+                    self._done[number] = self._work(model, item)
+                finally:
+                    self._free.put(model)
+                del item, numbered
+                self._hand_on()
+        except BaseException as error:  # raised again in the thread that asked
+            self.errors.append(error)
+            self.stop()
+
+    def stop(self) -> None:
+        """Lets every thread end after what it is at."""
+        self._over.set()
+        self._room.release(self._n)  # those that wait for room
+
+    def _take(self) -> tuple[int, T] | None:
+        self._room.acquire()
+        if self._over.is_set():
+            return None
+        with self._next_item:
+            return next(self._items, None)
+
+    def _hand_on(self) -> None:
+        # A thread that finds another at it leaves its result there; that one looks again after it let go.
+        while self._next_stands() and self._turn.acquire(blocking=False):
+            try:
+                while self._next_stands():
+                    self._then(self._done.pop(self._handed_on))
+                    self._handed_on += 1
+                    self._room.release()
+            finally:
+                self._turn.release()
+
+    def _next_stands(self) -> bool:
+        return self._handed_on in self._done and not self._over.is_set()

@@ -47,7 +47,9 @@ class Predictor:
         peaks = [(context, self._text(context)) for shown in strongest.values() for context in shown]
         limit = tokens_per_batch(self.models[0].device)
         batches = by_length(peaks, lambda peak: len(peak[1]), limit)
-        return [p for found in in_order(self._at, self.models, batches) for p in found]
+        found: list[Prediction] = []
+        in_order(self._at, found.extend, self.models, batches)
+        return found
 
     def _text(self, context: Context) -> np.ndarray:
         places = self._starts[context.doc]

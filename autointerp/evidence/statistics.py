@@ -168,7 +168,7 @@ class MapMoments:
         self.n += len(change)
         by_latent = z.T.tocsr()
         self.G += (by_latent @ z).toarray()
-        self.S += change.T @ change
+        self.S += (torch.from_numpy(change).T @ torch.from_numpy(change)).numpy()  # numpy's threads would spin
         self.fired += np.bincount(z.indices, minlength=len(self.fired))
         at = csr_matrix((np.ones(len(place), np.float32), (place, np.arange(len(place)))), shape=(N_PLACES, len(place)))
         sums = (self.count, self.z, self.change, self.B)

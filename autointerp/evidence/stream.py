@@ -106,11 +106,11 @@ def measure(
 ) -> Measured:
     """Reads the corpus once. `screen` says which latents enter the change map; the spool is filled, not closed.
 
-    models: replicas of one pair, each of which reads and encodes a batch while scipy, which uses one core, adds up those
-    before, in this thread.
+    models: replicas of one pair, each of which reads a batch at a time; see `in_order`.
     """
     with closing(corpus.batches(tokens_per_batch)) as batches:
-        head = list(in_order(read, models, _head(batches)))
+        head: list[PairedBatch] = []
+        in_order(read, head.append, models, _head(batches))
         pass_ = _Pass(dictionary, screen, spool, corpus)
         limit = OUTLIER * median_norm(head)
 
@@ -118,9 +118,7 @@ def measure(
             paired = batch if isinstance(batch, PairedBatch) else read(model, batch)
             return encoded(dictionary, paired, limit, corpus.piece)
 
-        with closing(in_order(coded, models, _chained(head, batches))) as stream:
-            for batch in stream:
-                pass_.add(batch, progress)
+        in_order(coded, lambda batch: pass_.add(batch, progress), models, _chained(head, batches))
         return pass_.result(limit)
 
 
