@@ -99,7 +99,7 @@ def _discoveries(
     half: Half, test: RowTest | GainTest, moments: list[Moments], latents: np.ndarray, level: float, found: int = 0
 ) -> np.ndarray:
     tested = half.tested[latents]
-    target, *decoys = (test(of).numpy()[tested] for of in moments)
+    target, *decoys = (found.numpy()[tested] for found in test(moments))
     return latents[tested][change_map.q_values(target, np.stack(decoys), found) <= level]
 
 

@@ -80,10 +80,11 @@ def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> floa
 
 def _inverse(A: Tensor) -> Tensor:
     """A⁻¹ of a positive definite A. LAPACK's own routine: torch.cholesky_inverse takes several times as long."""
-    lower, failed = dpotri(torch.linalg.cholesky(A).numpy(), lower=1)
+    factor = torch.linalg.cholesky(A).numpy().T  # an upper triangle in the column order that LAPACK works in, in place
+    upper, failed = dpotri(factor, lower=0, overwrite_c=1)
     if failed:
         raise np.linalg.LinAlgError(f"potri: {failed}")
-    half = torch.from_numpy(np.ascontiguousarray(lower)).tril()
+    half = torch.from_numpy(upper.T)
     return half + half.tril(-1).T
 
 
@@ -106,9 +107,13 @@ class RowTest:
         self.inverse = _inverse(ridged(G))
         self.ridge = ridge(G)
 
-    def __call__(self, moments: Moments) -> Tensor:
-        """Statistic of every row, [p], non-negative."""
-        C = self.inverse @ moments.B
+    def __call__(self, many: Sequence[Moments]) -> list[Tensor]:
+        """Statistic of every row, [p], non-negative, of each of `many` that share G."""
+        widths = [moments.B.shape[1] for moments in many]
+        rows = (self.inverse @ torch.cat([moments.B for moments in many], 1)).split(widths, 1)
+        return [self._statistic(moments, C) for moments, C in zip(many, rows, strict=True)]
+
+    def _statistic(self, moments: Moments, C: Tensor) -> Tensor:
         # (G + Λ) C = B, so Σ‖Δx − Cᵀz‖² = S − CᵀB − BᵀC + CᵀGC = S − BᵀC − CᵀΛC.
         residual = moments.S - moments.B.T @ C - C.T @ (self.ridge[:, None] * C)
         whitened = C @ _whitening(residual / max(moments.n - 1, 1))
@@ -131,9 +136,9 @@ class GainTest:
         """g [p]: signed change along each latent's own direction; +0.25 means that it writes 25 % more."""
         return self.inverse @ (moments.B * self.whitened).sum(1)
 
-    def __call__(self, moments: Moments) -> Tensor:
-        """|g_j| / se_j of every latent, [p]."""
-        return self.gains(moments).abs() / self.inverse.diagonal().sqrt()
+    def __call__(self, many: Sequence[Moments]) -> list[Tensor]:
+        """|g_j| / se_j of every latent, [p], of each of `many` that share G."""
+        return [self.gains(moments).abs() / self.inverse.diagonal().sqrt() for moments in many]
 
 
 def without(many: Sequence[Moments], rows: Sequence[int] | np.ndarray) -> tuple[list[Moments], np.ndarray]:

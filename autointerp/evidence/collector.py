@@ -16,11 +16,14 @@ import torch
 
 from autointerp.evidence.corpus import context_split
 from autointerp.evidence.dictionaries.base import Dictionary
-from autointerp.evidence.spool import Spool
+from autointerp.evidence.parallel import at_once, in_order
+from autointerp.evidence.spool import Spool, Stretch
 from autointerp.records import Context, ContextKind, Split
 
 BEFORE, AFTER = 23, 8
 """Tokens of a window before and after its peak."""
+STRETCH = 2048
+"""Tokens surveyed at a time."""
 GROUP = 16
 """Latents whose contexts are read together."""
 PER_SPLIT: dict[ContextKind, int] = {"top": 10, "top_base": 5, "gain": 5, "loss": 5, "quantile": 20, "silent": 20}
@@ -72,7 +75,8 @@ def survey(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) -> Surv
     columns = torch.as_tensor(list(latents), dtype=torch.long, device=dictionary.W_dec.device)
     peaks = np.full((4, len(spool), len(latents)), -np.inf, dtype=np.float32)
     silence = np.zeros((len(spool), len(latents)), dtype=np.int32)
-    for stretch in spool.stretches():
+
+    def look(_hand: int, stretch: Stretch) -> None:
         base = activations(stretch.x_base, stretch.counted, dictionary, columns)
         adapted = activations(stretch.x_adapted, stretch.counted, dictionary, columns)
         silent_for = _silent_for((base > 0) | (adapted > 0), stretch.bounds)
@@ -80,6 +84,8 @@ def survey(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) -> Surv
         for row, values in enumerate((base, adapted, adapted - base, base - adapted)):
             values[~stretch.counted] = -np.inf
             peaks[row, stretch.sequences] = np.maximum.reduceat(values, stretch.bounds[:-1], axis=0)
+
+    in_order(look, lambda _: None, range(at_once(columns.device)), spool.stretches(STRETCH))
     base, adapted, gain, loss = peaks
     return Survey(list(latents), base, adapted, gain, loss, silence)
 

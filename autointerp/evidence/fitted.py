@@ -93,15 +93,14 @@ class FittedMap:
         half, centre = self.statistics.fit, self.statistics.centre(by_place=True)
         target = half.moments(*centre)
         moments = [target, *half.decoys(target, *centre)]
-        row_test = RowTest(target.G)
-        row, *decoys = (row_test(of).numpy()[tested] for of in moments)
+        row, *decoys = (found.numpy()[tested] for found in RowTest(target.G)(moments))
         statistic[tested], q[tested] = row, change_map.q_values(row, np.stack(decoys))
         passed = np.flatnonzero(q <= level / 2)
         moments, others = change_map.without(moments, passed)
         at = others[tested[others]]
         if len(at):
             gain_test = GainTest(moments[0], self.W_dec[self.tracked[others]])
-            gain, *decoys = (gain_test(of).numpy()[tested[others]] for of in moments)
+            gain, *decoys = (found.numpy()[tested[others]] for found in gain_test(moments))
             gain_q = change_map.q_values(gain, np.stack(decoys), len(passed))
             statistic[at] = np.where(gain_q < q[at], gain, statistic[at])
             q[at] = np.minimum(q[at], gain_q)

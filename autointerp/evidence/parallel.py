@@ -17,13 +17,14 @@ import torch
 
 from autointerp.evidence.paired import PairedModel
 
+H = TypeVar("H")
 T = TypeVar("T")
 R = TypeVar("R")
 
-MAX_MODELS = 8
+MAX_AT_ONCE = 8
 """Batches at once: beyond it, threads wait for the interpreter."""
 AHEAD = 2
-"""Results for each model that may wait for those before them to be handed on."""
+"""Results for each batch under way that may wait for those before them to be handed on."""
 TOKENS_PER_BATCH = {"cpu": 1024}
 """Positions of a batch that stays in a core's cache, by device type."""
 TOKENS_PER_LARGE_BATCH = 4096
@@ -35,26 +36,30 @@ def tokens_per_batch(device: torch.device) -> int:
     return TOKENS_PER_BATCH.get(device.type, TOKENS_PER_LARGE_BATCH)
 
 
+def at_once(device: torch.device) -> int:
+    """How many batches to have under way: as many as torch has threads for, on a GPU one."""
+    return min(torch.get_num_threads(), MAX_AT_ONCE) if device.type == "cpu" else 1
+
+
 def replicas(model: PairedModel) -> list[PairedModel]:
-    """`model`, and as many more with the same weights as there are threads to run them: on a GPU, none."""
-    n = min(torch.get_num_threads(), MAX_MODELS) if model.device.type == "cpu" else 1
-    return [model, *(model.replica() for _ in range(n - 1))]
+    """`model`, and as many more with the same weights as can run at once."""
+    return [model, *(model.replica() for _ in range(at_once(model.device) - 1))]
 
 
 def in_order(
-    work: Callable[[PairedModel, T], R],
+    work: Callable[[H, T], R],
     then: Callable[[R], object],
-    models: Sequence[PairedModel],
+    hands: Sequence[H],
     items: Iterable[T],
 ) -> None:
-    """then(work(model, item)) for each item: `work` on several at once, each model in one thread at a time; `then` one
-    after the other, in the order of `items`.
+    """then(work(hand, item)) for each item: `work` on several at once, each hand (a replica of a model, say) in one thread
+    at a time; `then` one after the other, in the order of `items`.
 
-    Torch's threads are shared out among the models. What either raises is raised here, and no further item is begun.
+    Torch's threads are shared out among the hands. What either raises is raised here, and no further item is begun.
     """
     threads = torch.get_num_threads()
-    n = max(2, len(models))  # a single model, on a GPU perhaps, does not wait for `then`
-    run = _InOrder(work, then, models, items, n, max(1, threads // len(models)))
+    n = max(2, len(hands))  # a single hand, on a GPU perhaps, does not wait for `then`
+    run = _InOrder(work, then, hands, items, n, max(1, threads // len(hands)))
     workers = [threading.Thread(target=run.work, name="autointerp-model") for _ in range(n)]
     try:
         for worker in workers:
@@ -68,14 +73,14 @@ def in_order(
         raise run.errors[0]
 
 
-class _InOrder(Generic[T, R]):
+class _InOrder(Generic[H, T, R]):
     """The state that the threads of one `in_order` share."""
 
     def __init__(
         self,
-        work: Callable[[PairedModel, T], R],
+        work: Callable[[H, T], R],
         then: Callable[[R], object],
-        models: Sequence[PairedModel],
+        hands: Sequence[H],
         items: Iterable[T],
         n_threads: int,
         torch_threads: int,
@@ -84,9 +89,9 @@ class _InOrder(Generic[T, R]):
         self.errors: list[BaseException] = []
         self._work, self._then, self._torch_threads = work, then, torch_threads
         self._items, self._next_item = enumerate(items), threading.Lock()
-        self._free: SimpleQueue[PairedModel] = SimpleQueue()
-        for model in models:
-            self._free.put(model)
+        self._free: SimpleQueue[H] = SimpleQueue()
+        for hand in hands:
+            self._free.put(hand)
         self._room = threading.Semaphore((1 + AHEAD) * n_threads)
         self._done: dict[int, R] = {}
         self._handed_on, self._turn = 0, threading.Lock()
@@ -97,11 +102,11 @@ class _InOrder(Generic[T, R]):
         try:
             while not self._over.is_set() and (numbered := self._take()) is not None:
                 number, item = numbered
-                model = self._free.get()
+                hand = self._free.get()
                 try:
-                    self._done[number] = self._work(model, item)
+                    self._done[number] = self._work(hand, item)
                 finally:
-                    self._free.put(model)
+                    self._free.put(hand)
                 del item, numbered
                 self._hand_on()
         except BaseException as error:  # raised again in the thread that asked

@@ -9,6 +9,7 @@ file, read back for the selected latents alone.
 from __future__ import annotations
 
 import tempfile
+import threading
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,10 +47,11 @@ class Spool:
         try:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-            self._streams = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
+            self._streams = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close()
         except OSError as error:
             place = folder or "the system's temporary folder"
             raise InputError(f"scratch {place}: {error.strerror}; give --scratch a folder to write in") from error
+        self._lock = threading.Lock()
         self._token_bytes = 2 * d * dtype.itemsize
         self._offsets = [0]
         # Of all tokens in a row: an array for each sequence would lie between the large blocks that come and go with
@@ -63,7 +65,7 @@ class Spool:
         """One sequence of t document tokens: x [t, d], ids [t], counted [t]; see corpus.TokenSequence for the rest."""
         block = torch.stack([x_base, x_adapted]).to("cpu", self.dtype).contiguous()
         try:
-            self._streams.write(block.view(torch.uint8).numpy().data)
+            self._write(memoryview(block.view(torch.uint8).numpy()).cast("B"))
         except OSError as error:
             raise AutointerpError(
                 f"no room for the residual stream in {tempfile.gettempdir()} ({error.strerror}): free some, or name"
@@ -73,6 +75,10 @@ class Spool:
         self._ids.frombytes(ids.astype(np.int32).tobytes())
         self._counted += counted.tobytes()
         self._places.append((doc, order, start))
+
+    def _write(self, block: memoryview) -> None:
+        while block:
+            block = block[self._streams.write(block) :]
 
     def __len__(self) -> int:
         """Sequences."""
@@ -101,14 +107,22 @@ class Spool:
         bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         x_base = torch.empty(int(bounds[-1]), self.d, dtype=self.dtype)
         x_adapted = torch.empty_like(x_base)
-        for at, s in enumerate(sequences):
-            self._streams.seek(self._offsets[s] * self._token_bytes)
-            raw = bytearray(self._streams.read(lengths[at] * self._token_bytes))
-            block = torch.frombuffer(raw, dtype=self.dtype).view(2, lengths[at], self.d)
-            x_base[bounds[at] : bounds[at + 1]] = block[0]
-            x_adapted[bounds[at] : bounds[at + 1]] = block[1]
+        sides = [memoryview(x.view(torch.uint8).numpy()) for x in (x_base, x_adapted)]
+        with self._lock:
+            for begin, end, s in zip(bounds[:-1].tolist(), bounds[1:].tolist(), sequences.tolist(), strict=True):
+                self._streams.seek(self._offsets[s] * self._token_bytes)
+                for side in sides:
+                    self._fill(side[begin:end].cast("B"))
         counted = bytearray().join(self._counted[self._offsets[s] : self._offsets[s + 1]] for s in sequences)
         return Stretch(x_base, x_adapted, np.frombuffer(counted, bool), np.asarray(sequences), bounds)
+
+    def _fill(self, buffer: memoryview) -> None:
+        """Reads until `buffer` is full."""
+        while buffer:
+            n = self._streams.readinto(buffer)
+            if not n:
+                raise AutointerpError("the temporary file of the residual stream was cut short: run it again")
+            buffer = buffer[n:]
 
     def stretches(self, tokens: int = 8192) -> Iterator[Stretch]:
         """The whole spool in order, about `tokens` tokens at a time."""

@@ -41,7 +41,8 @@ def change(question: Question) -> Ranking:
     passing = fitted.passing(q, question.fdr)
     columns |= {"statistic": fitted.spread(statistic), "q_value": fitted.spread(q)}
     read = [int(fitted.tracked[at]) for at in fitted.pursue(passing, top)]
-    written = _written(fitted, read, top // 10)
+    revived = _revived(fitted)
+    written = _written(fitted, read, revived, top // 10)
     n_static = _static_places(fitted, top, len(read))
     read = read[: top - len(written) - n_static]
     fixed = [latent for latent in _strongest(static, top) if latent not in read + written][:n_static]
@@ -49,7 +50,7 @@ def change(question: Question) -> Ranking:
     roles = ["read"] * len(read) + ["written"] * len(written) + ["static"] * len(fixed)
     size = np.full(m, np.nan)
     size[fitted.tracked] = fitted.size
-    size[_revived(fitted)] = mean_shift_size(fitted)[_revived(fitted)]  # no row: they never fire in the base model
+    size[revived] = mean_shift_size(fitted)[revived]  # no row: they never fire in the base model
     return Ranking(latents, roles, size, columns, len(passing))  # pyright: ignore[reportArgumentType]
 
 
@@ -79,9 +80,8 @@ def _static_places(fitted: FittedMap, top: int, n_read: int) -> int:
     return max(top - n_read, int(top * share)) if share > 0.5 else 0
 
 
-def _written(fitted: FittedMap, read: list[int], places: int) -> list[int]:
+def _written(fitted: FittedMap, read: list[int], revived: np.ndarray, places: int) -> list[int]:
     """Latents outside `read` that fire only since the training, or that MIN_WRITERS rows of `read` write to."""
-    revived = _revived(fitted)
     revived = revived[np.argsort(-mean_shift_size(fitted)[revived])]
     writers: Counter[int] = Counter()
     for targets in decompose_all(fitted.rows[fitted.positions(read)], fitted.W_dec, N_TARGETS, own=read):
