@@ -191,9 +191,11 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
 
     def progress(n: int) -> None:
         stop.check("interrupted while reading the corpus: nothing was stored")
+        reporter.expect("tokens", evidence.corpus.expected_tokens())
         reporter.advance("tokens", n)
 
     selection, writes = await asyncio.to_thread(evidence.select, progress)
+    reporter.finish("tokens")
     run_id = job.run.run_id
     for table in ("latents", "writes", "contexts", "predictions"):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])

@@ -20,6 +20,12 @@ class Reporter:
     def advance(self, stage: str, n: int = 1, note: str = "") -> None:
         """`n` more are done; `note` is shown beside the bar."""
 
+    def expect(self, stage: str, total: int | None) -> None:
+        """A better guess of a stage's total."""
+
+    def finish(self, stage: str) -> None:
+        """A stage is over: what is done of it was all."""
+
     def say(self, line: str) -> None:
         """One line above the bars."""
 
@@ -55,6 +61,13 @@ class BarReporter(Reporter):
         fields: dict[str, Any] = {"note": note} if note else {}
         self._progress.update(self._tasks[stage], advance=n, **fields)
 
+    def expect(self, stage: str, total: int | None) -> None:
+        self._progress.update(self._tasks[stage], total=total)
+
+    def finish(self, stage: str) -> None:
+        task = self._tasks[stage]
+        self._progress.update(task, total=self._progress.tasks[task].completed)
+
     def say(self, line: str) -> None:
         from rich.text import Text
 
@@ -68,7 +81,7 @@ class BarReporter(Reporter):
         if kind is not None and issubclass(kind, InputError):  # its one line is to stand alone
             self._progress.live.transient = True
             return self._progress.live.stop()
-        for task in self._tasks.values():
+        for stage, task in self._tasks.items():
             if self._progress.tasks[task].total is None:
-                self._progress.update(task, total=self._progress.tasks[task].completed)
+                self.finish(stage)
         self._progress.stop()

@@ -28,6 +28,8 @@ _KINDS = {
     "quantile": "over the whole range",
     "silent": "does not fire",
 }
+FEW_DOCUMENTS = 50
+"""The tests weigh documents against each other: with fewer, even a real change may not stand out."""
 _WIDE = 120
 """From this width on, label and effect stand side by side."""
 
@@ -46,9 +48,12 @@ def table(store: Store, run_id: str | None = None, console: Console | None = Non
 
 
 def _why_none(store: Store, run_id: str) -> str:
-    (run,) = store.read("SELECT n_tokens, delta_fvu FROM runs WHERE run_id = ?", [run_id])
+    (run,) = store.read("SELECT n_tokens, n_docs, delta_fvu FROM runs WHERE run_id = ?", [run_id])
     if run["n_tokens"] and run["delta_fvu"] is None:  # relative to the change: there is none
         return "the adapter changes nothing at this hook"
+    if (run["n_docs"] or 0) < FEW_DOCUMENTS:
+        n_docs = run["n_docs"] or 0
+        return f"{n_docs} documents are too few to tell a change from chance; give more, or a larger --max-tokens"
     return "no change was found that stands out from chance"
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.decoys [--run PATH] [--tokens N] [--seeds N] [--write results/decoys.md]
 
-On the real activations of a run (the demo's by default), 20 latents get a gain along their own directions, under the run's
-own change rolled by a third of the tokens. Decoys are either that change rolled against the latents by random offsets, or
-with its sign flipped at random for each stretch of each document, as the tool does it. Each cell: recall and false
-discovery proportion, the median over seeds and, in brackets, the worst.
+On the real activations of a run (the demo's by default), 20 latents get a gain along their own directions, under the
+run's own change rolled by a third of the tokens. Decoys are either that change rolled against the latents by random
+offsets, or with its sign flipped at random for each stretch of each document, as the tool does it. Each cell: recall
+and false discovery proportion, the median over seeds and, in brackets, the worst.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Half:
         sums = csr_matrix(at @ z).toarray()
         counts = np.bincount(place, minlength=N_PLACES)[:, None]
         G = torch.from_numpy((z.T @ z).toarray().astype(np.float64) - sums.T @ (sums / np.maximum(counts, 1)))
-        tested = np.bincount(z.indices, minlength=z.shape[1]) >= MIN_FIRINGS
+        tested = np.bincount(z.indices, minlength=recording.W_dec.shape[0]) >= MIN_FIRINGS
         position = recording.position[rows]
         W_dec = torch.from_numpy(recording.W_dec).double()
         return cls(z, place, recording.order[rows], position, W_dec, tested, G, RowTest(G))
@@ -150,10 +150,10 @@ def main() -> None:
     n_docs = len(np.unique(recording.order))
     text = f"""# Decoys
 
-`python -m benchmarks.decoys --seeds {args.seeds} --tokens {args.tokens}`: {len(recording.change):,} tokens of {n_docs} \
-documents, {recording.z.shape[1]} latents, {N_PLANTED} of them planted, {N_DECOYS} decoys, rate {LEVEL:.0%}. Median over \
-{args.seeds} seeds (worst). "Both" is what the tool does: row test and gain test at half the rate each, the rows that pass \
-the first taken out before the second.
+`python -m benchmarks.decoys --seeds {args.seeds} --tokens {args.tokens}`: {len(recording.change):,} tokens of \
+{n_docs} documents, {len(recording.W_dec):,} latents, {N_PLANTED} of them planted, {N_DECOYS} decoys, rate \
+{LEVEL:.0%}. Median over {args.seeds} seeds (worst). "Both" is what the tool does: row test and gain test at half the \
+rate each, the rows that pass the first taken out before the second.
 
 {table(recording, args.seeds)}
 """

@@ -156,8 +156,10 @@ async def collect(
     decode: Callable[[int], str],
     seed: int,
 ) -> AsyncIterator[dict[int, list[Context]]]:
-    """The contexts of each latent, GROUP latents at a time in the given order, as soon as they stand. The work is done in a
-    thread."""
+    """The contexts of each latent, GROUP latents at a time in the given order, as soon as they stand.
+
+    The work is done in threads.
+    """
     if not latents:
         return
     found = await asyncio.to_thread(survey, spool, dictionary, latents)

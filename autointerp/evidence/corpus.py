@@ -111,6 +111,7 @@ class Corpus:
         self.max_tokens = max_tokens
         self.seed = seed
         self.encoder = Encoder(tokenizer, documents.name)
+        self._read = (0, 0)
         self.bos = np.array([bos_id(tokenizer)] if prepend_bos else [], np.int64)
         if self.piece < MIN_TOKENS:
             raise InputError(
@@ -140,18 +141,27 @@ class Corpus:
         want = min(self.piece, self.max_tokens or self.piece)
         have = 0
         for sequence in self.sequences():
-            have += len(sequence.ids) - sequence.n_bos
+            have += int((~np.isin(sequence.ids[sequence.n_bos :], self.special_ids)).sum())
             if have >= want:
                 return
         raise InputError(
-            f"corpus {self.documents.name} holds {have} tokens, fewer than one context of {self.context_length}:"
-            " give more text or a smaller --context-length"
+            f"corpus {self.documents.name} holds {have} tokens, fewer than one context of {self.context_length}"
+            " (special tokens do not count): give more text or a smaller --context-length"
         )
+
+    def expected_tokens(self) -> int | None:
+        """Document tokens that the corpus will give in all, by those of the documents read so far, which come in random
+        order; None before the first, and where nobody knows how many documents there are."""
+        docs, tokens = self._read
+        if not docs or self.documents.n_documents is None:
+            return None
+        expected = tokens if docs == self.documents.n_documents else round(tokens / docs * self.documents.n_documents)
+        return expected if self.max_tokens is None else min(expected, self.max_tokens)
 
     def sequences(self) -> Iterator[TokenSequence]:
         """Every sequence of the corpus, documents in shuffled order, each document's pieces in its own."""
         left = self.max_tokens if self.max_tokens is not None else float("inf")
-        found, any_text = False, False
+        found, any_text, n_tokens = False, False, 0
         encoded = self.encoder.encode(self.documents.shuffled(self.seed))
         for order, (doc, parts) in enumerate(encoded):
             for start, ids in _cut(parts, self.piece):
@@ -160,14 +170,15 @@ class Corpus:
                     break
                 ids = ids[: int(min(left, len(ids)))]
                 if len(ids) >= MIN_TOKENS:
-                    found, left = True, left - len(ids)
+                    found, left, n_tokens = True, left - len(ids), n_tokens + len(ids)
+                    self._read = (order + 1, n_tokens)
                     yield TokenSequence(doc, order, start, np.concatenate([self.bos, ids]), len(self.bos))
             if left < MIN_TOKENS:
                 break
         if not found:
             raise self._nothing(any_text)
 
-    def batches(self, tokens_per_batch: int = 4096) -> Iterator[Batch]:
+    def batches(self, tokens_per_batch: int = 4096) -> Generator[Batch, None, None]:
         """Every sequence once, in batches of at most `tokens_per_batch` positions, padding included, or one sequence.
 
         Sequences of similar length go together within a window of WINDOW_BATCHES batches. A background thread reads and
@@ -185,7 +196,8 @@ class Corpus:
             window.append(sequence)
             held += len(sequence.ids)
             if held >= WINDOW_BATCHES * tokens_per_batch:
-                *full, window = by_length(window, positions, tokens_per_batch)  # the last may be partial: it waits for more
+                # The last may be partial: it waits for more.
+                *full, window = by_length(window, positions, tokens_per_batch)
                 held = sum(len(waiting.ids) for waiting in window)
                 yield from full
         yield from by_length(window, positions, tokens_per_batch)

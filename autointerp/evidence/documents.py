@@ -34,6 +34,11 @@ class DocumentSource(ABC):
     name: str
     """How the user called it; error messages name it."""
 
+    @property
+    def n_documents(self) -> int | None:
+        """None where it is known only at the end."""
+        return None
+
     @abstractmethod
     def shuffled(self, seed: int) -> Iterator[tuple[int, Document]]:
         """(index in corpus order, document) of every document once, in an order that depends on `seed` alone."""
@@ -44,6 +49,10 @@ class Documents(DocumentSource):
 
     @abstractmethod
     def __len__(self) -> int: ...
+
+    @property
+    def n_documents(self) -> int | None:
+        return len(self)
 
     @abstractmethod
     def read(self, index: int) -> Document:

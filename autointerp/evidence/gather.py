@@ -44,9 +44,7 @@ MIN_SCREEN_TOKENS = 8192
 class Evidence:
     """One run's evidence in the making. Close it, or use it as a context manager: it holds the spool."""
 
-    def __init__(
-        self, run: Run, model: PairedModel, dictionary: Dictionary, corpus: Corpus, in_memory: bool = False
-    ):
+    def __init__(self, run: Run, model: PairedModel, dictionary: Dictionary, corpus: Corpus, in_memory: bool = False):
         """Use `Evidence.load`. `in_memory`: the model is a user's own, and is run as it stands."""
         self.run, self.model, self.dictionary, self.corpus = run, model, dictionary, corpus
         self.in_memory = in_memory

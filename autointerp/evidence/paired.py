@@ -30,7 +30,7 @@ class _Reached(Exception):
 
 
 class PairedModel:
-    """A base model and its adapted self, read at one hook point. Not safe to use from two threads at once: see `replica`."""
+    """A base model and its adapted self, read at one hook point. For one thread at a time: see `replica`."""
 
     def __init__(self, pair: ModelPair, hook: str | HookPoint, tokenizer: Tokenizer):
         """InputError for a hook that the model does not have, or a tokenizer with more tokens than it embeds."""

@@ -1,9 +1,9 @@
 """Several batches at once on a CPU: each core runs a batch of its own, instead of all cores sharing every operation.
 
-Operations of small models are too short to be worth splitting: threads wait for each other more than they compute. A batch
-for each core needs no waiting and stays in that core's cache. Results are handed on in the order of the batches, so what is
-added up from them does not depend on which core was first, and by the threads that made them, so that there are never more
-of those than cores.
+Operations of small models are too short to be worth splitting: threads wait for each other more than they compute. A
+batch for each core needs no waiting and stays in that core's cache. Results are handed on in the order of the batches,
+so what is added up from them does not depend on which core was first; and by the threads that made them, so that there
+are never more of those than cores.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def in_order(
     hands: Sequence[H],
     items: Iterable[T],
 ) -> None:
-    """then(work(hand, item)) for each item: `work` on several at once, each hand (a replica of a model, say) in one thread
-    at a time; `then` one after the other, in the order of `items`.
+    """then(work(hand, item)) for each item: `work` on several at once, each hand (a replica of a model, say) in one
+    thread at a time; `then` one after the other, in the order of `items`.
 
     Torch's threads are shared out among the hands. What either raises is raised here, and no further item is begun.
     """

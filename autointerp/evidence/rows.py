@@ -116,8 +116,8 @@ def token_effects(
 ) -> Iterator[tuple[int, TokenEffects]]:
     """Of adding what each latent writes to the stream, read through the final norm and the unembedding.
 
-    states: by latent, x [n, d] and what is written there [n, d]. Several latents go through the model at once, as many as
-    MAX_LOGITS allows.
+    states: by latent, x [n, d] and what is written there [n, d]. Several latents go through the model at once, as many
+    as MAX_LOGITS allows.
     """
     waiting = list(states.items())
     while waiting:

@@ -87,9 +87,7 @@ def select(measured: Measured, fitted: FittedMap, selector: str, top: int, fdr: 
     )
 
 
-def _columns(
-    measured: Measured, fitted: FittedMap, ranking: Ranking, curve: list[float]
-) -> dict[str, np.ndarray]:
+def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking, curve: list[float]) -> dict[str, np.ndarray]:
     statistics = measured.statistics
     n, m = max(statistics.n_tokens, 1), statistics.m
     columns: dict[str, np.ndarray] = {

@@ -65,9 +65,9 @@ class Spool:
         """One sequence of t document tokens: x [t, d], ids [t], counted [t]; see corpus.TokenSequence for the rest."""
         block = torch.stack([x_base, x_adapted]).to("cpu", self.dtype).contiguous()
         try:
-            self._write(memoryview(block.view(torch.uint8).numpy()).cast("B"))
+            self._write(block.view(torch.uint8).numpy().data.cast("B"))
         except OSError as error:
-            raise AutointerpError(
+            raise InputError(
                 f"no room for the residual stream in {tempfile.gettempdir()} ({error.strerror}): free some, or name"
                 f" another folder with --scratch, or read less with --max-tokens"
             ) from error
@@ -107,7 +107,7 @@ class Spool:
         bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         x_base = torch.empty(int(bounds[-1]), self.d, dtype=self.dtype)
         x_adapted = torch.empty_like(x_base)
-        sides = [memoryview(x.view(torch.uint8).numpy()) for x in (x_base, x_adapted)]
+        sides = [x.view(torch.uint8).numpy().data for x in (x_base, x_adapted)]
         with self._lock:
             for begin, end, s in zip(bounds[:-1].tolist(), bounds[1:].tolist(), sequences.tolist(), strict=True):
                 self._streams.seek(self._offsets[s] * self._token_bytes)

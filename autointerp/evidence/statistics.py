@@ -210,8 +210,10 @@ def _signed(by_token: csr_matrix, sign: np.ndarray) -> csr_matrix:
 
 
 def _products(at: csr_matrix, by_latent: csr_matrix, z: csr_matrix, change: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Counts [N_PLACES], Σ z [N_PLACES, p], ΣΔx [N_PLACES, d] and B [p, d]; `at` [N_PLACES, n] is the weight of each token
-    in its place, `by_latent` [p, n] are the codes so weighted."""
+    """Counts [N_PLACES], Σ z [N_PLACES, p], ΣΔx [N_PLACES, d] and B [p, d].
+
+    at [N_PLACES, n]: the weight of each token in its place; by_latent [p, n]: the codes so weighted.
+    """
     return np.asarray(at.sum(1)).ravel(), csr_matrix(at @ z).toarray(), at @ change, by_latent @ change
 
 

@@ -112,6 +112,27 @@ def test_max_tokens_counts_document_tokens(tokenizer: Any, tmp_path: Path, limit
     assert min(limit, sum(whole)) - 8 < sum(taken) <= limit
 
 
+def test_the_total_is_expected_from_what_was_read(tokenizer: Any, tmp_path: Path) -> None:
+    documents = open_corpus(write_jsonl(tmp_path / "c.jsonl", TEXTS * 4))
+    corpus = Corpus(documents, tokenizer, 32, True)
+    assert corpus.expected_tokens() is None
+    lengths, guesses = [], []
+    for sequence in corpus.sequences():
+        lengths.append(len(sequence.ids) - 1)
+        guesses.append(corpus.expected_tokens())
+    assert guesses[-1] == sum(lengths)
+    assert guesses[len(guesses) // 2] == pytest.approx(sum(lengths), rel=0.5)
+    limited = Corpus(documents, tokenizer, 32, True, max_tokens=50)
+    list(limited.sequences())
+    assert limited.expected_tokens() == 50
+
+
+def test_special_tokens_alone_are_no_corpus(tokenizer: Any, tmp_path: Path) -> None:
+    documents = open_corpus(write_jsonl(tmp_path / "c.jsonl", ["<|end|>" * 100] * 3))
+    with pytest.raises(InputError, match="holds 0 tokens, fewer than one context"):
+        Corpus(documents, tokenizer, 32, True).check()
+
+
 def test_a_document_longer_than_max_tokens_is_not_read_to_its_end(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text(text_of(3000, 1))
     found = list(Corpus(open_corpus(tmp_path / "c.txt"), tokenizer, 32, max_tokens=500).sequences())

@@ -19,7 +19,7 @@ def make(family: str, full: bool) -> PairedModel:
     if full:
         changed = tiny.model(family)
         with torch.no_grad():
-            for parameter in changed.get_decoder().layers[1].parameters():
+            for parameter in changed.get_submodule("model.layers.1").parameters():
                 parameter.add_(0.1)
         return PairedModel(TwoModels(tiny.model(family), changed), "blocks.2.hook_resid_post", tiny.tokenizer())
     peft = tiny.add_lora(tiny.model(family), [1]).eval()

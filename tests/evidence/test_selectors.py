@@ -65,6 +65,18 @@ def test_a_constant_shift_is_static_and_nothing_else() -> None:
     assert figures["change_r2"] is None
 
 
+def test_the_static_part_is_read_in_latents_that_fire() -> None:
+    """Towards a latent that fires on neither side there is no context to label it from."""
+    still = synthetic.stream(noise=0.0)
+    z, z_adapted = still.z.copy(), still.z_adapted.copy()
+    z[:, 5] = z_adapted[:, 5] = 0
+    shift = still.W_dec[5] + 2.0 * still.W_dec[11]
+    moved = replace(still, z=z, z_adapted=z_adapted, change=np.tile(shift, (len(still.order), 1)))
+    ranking = SELECTORS.get("change")(Question(moved.fitted(), 10, 0.05, 0))
+    assert ranking.latents[0] == 11
+    assert 5 not in ranking.latents
+
+
 def test_static_and_read_share_the_places_when_both_are_there() -> None:
     both = replace(STREAM, change=STREAM.change + 6 * STREAM.W_dec[30])
     ranking = ask("change", top=20, stream=both)

@@ -17,7 +17,7 @@ from autointerp.errors import InputError
 from autointerp.store import Store
 from autointerp.terminal import console, visible
 
-from .planted import make_store
+from .planted import RUN, make_store, write_run
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,17 @@ def test_the_table_has_the_honest_figures_and_every_selected_latent(path: Path):
     assert "0.93 (0.50)" in text
     assert text.count("not labelled yet") == 2
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(("n_docs", "why"), [(12, "12 documents are too few"), (2345, "stands out from chance")])
+def test_a_run_that_selected_nothing_says_why(tmp_path: Path, n_docs: int, why: str):
+    with Store.open(tmp_path / "a.duckdb") as store:
+        write_run(store, k=0)
+        store.upsert("runs", [{"run_id": RUN, "n_docs": n_docs, "n_pass": 0}])
+        store.flush()
+    text = " ".join(printed(tmp_path / "a.duckdb").split())
+    assert "no latent was selected" in text
+    assert why in text
 
 
 def test_a_latent_is_shown_with_contexts_writes_and_scores(path: Path):

@@ -55,13 +55,17 @@ def change(question: Question) -> Ranking:
 
 
 def static_shares(fitted: FittedMap) -> np.ndarray:
-    """c_i = a_i⟨d_i, δ̄⟩/‖δ̄‖² [m] over a sparse decomposition of the static part δ̄; 0 outside it."""
-    shares = np.zeros(fitted.statistics.m)
-    static = torch.from_numpy(fitted.statistics.static)
+    """c_i = a_i⟨d_i, δ̄⟩/‖δ̄‖² [m] over a sparse decomposition of the static part δ̄ in latents that fire on either side;
+    0 outside it. A latent that fires nowhere has no contexts to say what it is."""
+    statistics = fitted.statistics
+    shares = np.zeros(statistics.m)
+    static = torch.from_numpy(statistics.static)
     square = float(static.square().sum())
-    if square:
-        for latent, a in decompose(static, fitted.W_dec, N_STATIC):
-            shares[latent] = a * float(fitted.W_dec[latent] @ static) / square
+    alive = np.flatnonzero(statistics.base.fired + statistics.adapted.fired)
+    directions = fitted.W_dec[torch.from_numpy(alive)]
+    if square and len(alive):
+        for at, a in decompose(static, directions, N_STATIC):
+            shares[alive[at]] = a * float(directions[at] @ static) / square
     return shares
 
 
