@@ -63,9 +63,10 @@ class Spool:
         self, x_base: Tensor, x_adapted: Tensor, ids: np.ndarray, counted: np.ndarray, doc: int, order: int, start: int
     ) -> None:
         """One sequence of t document tokens: x [t, d], ids [t], counted [t]; see corpus.TokenSequence for the rest."""
-        block = torch.stack([x_base, x_adapted]).to("cpu", self.dtype).contiguous()
         try:
-            self._write(block.view(torch.uint8).numpy().data.cast("B"))
+            for side in (x_base, x_adapted):
+                block = side.to("cpu", self.dtype).contiguous()
+                self._write(block.view(torch.uint8).numpy().data.cast("B"))
         except OSError as error:
             raise InputError(
                 f"no room for the residual stream in {tempfile.gettempdir()} ({error.strerror}): free some, or name"
