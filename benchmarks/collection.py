@@ -32,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TOP = 100
-TOKENS = {"demo": 200_000, "gpt2": 24_000}
+TOKENS = {"demo": 1_000_000, "gpt2": 48_000}
 CHARS_PER_TOKEN = 5
 """More than the demo's tokenizer needs, so that a corpus is never short."""
 CHARS_PER_DOCUMENT = 2000

@@ -91,7 +91,7 @@ def passing(half: Half, moments: list[Moments], test: str) -> set[int]:
     if test == "row":
         return set(passed.tolist())
     left, others = change_map.without(moments, passed)
-    gain_test = GainTest(left[0], half.W_dec[others])
+    gain_test = GainTest(left[0], half.W_dec[others], moments[0].S)
     return set(passed.tolist()) | set(_discoveries(half, gain_test, left, others, level, len(passed)).tolist())
 
 

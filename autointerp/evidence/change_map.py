@@ -127,8 +127,9 @@ class GainTest:
     lies in a few directions that all rows share.
     """
 
-    def __init__(self, moments: Moments, W_dec: Tensor):
-        L = _whitening(moments.S / max(moments.n - 1, 1))
+    def __init__(self, moments: Moments, W_dec: Tensor, S: Tensor):
+        """S: Σ (Δx − δ̄)(Δx − δ̄)ᵀ [d, d] of all the change that is in the decoys, what `without` took out included."""
+        L = _whitening(S / max(moments.n - 1, 1))
         self.whitened = W_dec @ L
         self.inverse = _inverse(ridged(moments.G * (self.whitened @ W_dec.T)))
 

@@ -82,7 +82,8 @@ class FittedMap:
 
         Row test and gain test each get half the level, so a q-value is twice the smaller of the two. The gain test
         knows no writes but a latent's own: what the rows that passed write is taken out before it, lest it leak into
-        the gains of latents that fire with them. Both see the fit half only, which leaves the held-out figures
+        the gains of latents that fire with them. It whitens by the change with those writes in it, as the decoys have
+        them: flipped, they are no longer what the rows explain. Both see the fit half only, which leaves the held-out figures
         untouched, and centre it place by place: where in a sequence a token stands says by itself much of how it is
         changed, since early tokens have little context, and that is no latent's doing.
         """
@@ -99,7 +100,7 @@ class FittedMap:
         moments, others = change_map.without(moments, passed)
         at = others[tested[others]]
         if len(at):
-            gain_test = GainTest(moments[0], self.W_dec[self.tracked[others]])
+            gain_test = GainTest(moments[0], self.W_dec[self.tracked[others]], target.S)
             gain, *decoys = (found.numpy()[tested[others]] for found in gain_test(moments))
             gain_q = change_map.q_values(gain, np.stack(decoys), len(passed))
             statistic[at] = np.where(gain_q < q[at], gain, statistic[at])

@@ -27,7 +27,7 @@ from autointerp.evidence.predictions import Predictor
 from autointerp.evidence.rows import read_rows
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import SELECTORS, Selection, select
-from autointerp.evidence.spool import Spool
+from autointerp.evidence.spool import Spool, open_scratch
 from autointerp.evidence.stream import Progress, measure
 from autointerp.evidence.token_text import token_texts
 from autointerp.records import Context, Prediction, Write
@@ -69,6 +69,7 @@ class Evidence:
         for name in run.settings.selector:
             SELECTORS.get(name)
         documents = open_corpus(run.corpus or "", run.text_column)
+        open_scratch(run.settings.scratch).close()
         device = str(torch_device(run.settings.device))
         dictionary = load_dictionary(run.sae, device)
         run = run.with_hook(dictionary.hook)

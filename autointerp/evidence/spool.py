@@ -8,12 +8,14 @@ file, read back for the selected latents alone.
 
 from __future__ import annotations
 
+import io
 import tempfile
 import threading
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -38,19 +40,25 @@ class Stretch:
     """First token of each sequence within this stretch, and the end [S + 1]."""
 
 
+def open_scratch(folder: Path | None) -> io.FileIO:
+    """An unnamed temporary file in `folder`, made if need be, or in the system's temporary folder; InputError if it
+    cannot be written there."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        return cast(io.FileIO, tempfile.TemporaryFile(dir=folder, buffering=0))
+    except OSError as error:
+        place = folder or "the system's temporary folder"
+        raise InputError(f"scratch {place}: {error.strerror}; give --scratch a folder to write in") from error
+
+
 class Spool:
     """Written once, then read any number of times; the files vanish when it is closed or the process dies."""
 
     def __init__(self, d: int, dtype: torch.dtype, folder: Path | None = None):
         """d residual width; `folder` is where the temporary files go (the system's temporary folder when None)."""
         self.d, self.dtype = d, dtype
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            self._streams = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            place = folder or "the system's temporary folder"
-            raise InputError(f"scratch {place}: {error.strerror}; give --scratch a folder to write in") from error
+        self._streams = open_scratch(folder)
         self._lock = threading.Lock()
         self._token_bytes = 2 * d * dtype.itemsize
         self._offsets = [0]

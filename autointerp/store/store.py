@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ class Store:
         self._closed = False
         self._unused = False
         """Whether this store made the file and has written nothing."""
+        self._folders: list[Path] = []
+        """The folders it made for the file, innermost first."""
 
     @classmethod
     def open(
@@ -60,10 +63,11 @@ class Store:
         if mode == "read":
             return cls(files.connect_for_reading(resolved, lock_wait_s), resolved, None)
         made = not os.path.lexists(resolved)
+        folders = [folder for folder in Path(resolved).parents if not folder.exists()]
         handle = files.connect_for_writing(resolved, lock_wait_s)
         writer = Writer(handle.connection.cursor(), resolved)
         store = cls(handle, resolved, writer)
-        store._unused = made
+        store._unused, store._folders = made, folders
         files.register_publisher(resolved, lambda: writer.publish().result())
         atexit.register(store.close)
         return store
@@ -88,9 +92,13 @@ class Store:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if error is not None and self._unused and not self._closed:
+            unmade = error is not None and self._unused and not self._closed
+            if unmade:
                 os.unlink(self.path)  # there was none before; while we still hold its lock
             self.close()
+            if unmade:
+                for folder in self._folders:
+                    folder.rmdir()
         except Exception as closing:
             if error is None:
                 raise

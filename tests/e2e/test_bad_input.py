@@ -271,7 +271,7 @@ def test_bad_input(case: str, world: World, tmp_path: Path, shell: Shell) -> Non
         assert sorted(damaged.path.glob("store*")) == [damaged.db]
         absent = tmp_path / "new" / "store.duckdb"
         assert shell(*damaged.args(**{**options, "db": absent})) == says
-        assert not absent.exists()
+        assert not absent.parent.exists()
 
 
 LABELING: dict[str, tuple[dict[str, Any], str]] = {

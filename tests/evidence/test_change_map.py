@@ -77,7 +77,7 @@ def test_the_gain_test_finds_the_gains() -> None:
     L = np.linalg.inv(change.T @ change / (len(z) - 1))
     A = (z.T @ z) * (W @ L @ W.T)
     A += np.diag(change_map.RIDGE * (np.diag(A) + np.diag(A).mean()))
-    test = GainTest(FITTED.fit_half, torch.from_numpy(W))
+    test = GainTest(FITTED.fit_half, torch.from_numpy(W), FITTED.fit_half.S)
     gains = np.linalg.solve(A, np.einsum("nj,jd,nd->j", z, W @ L, change))
     np.testing.assert_allclose(test.gains(FITTED.fit_half).numpy(), gains, rtol=1e-3, atol=1e-4)
     assert np.abs(gains[:16] - 0.5).max() < 0.1

@@ -36,6 +36,17 @@ def test_gains(recording: Recording, gain: float, n: int) -> None:
     assert len(found - set(truth.tolist())) <= 0.1 * len(found)
 
 
+def test_quiet_gains_beside_loud_ones(recording: Recording) -> None:
+    """What the loud latents write is taken out of the target, but not of its decoys: they must not drown the rest."""
+    truth = planted(recording, 1, 30)
+    gains = np.r_[np.full(20, 2.0), np.full(10, 0.2)].astype(np.float32)
+    change = recording.noise + recording.z[:, truth] @ (gains[:, None] * recording.W_dec[truth])
+    found = set(chosen(recording, change)[0].latents)
+    assert set(truth[:20].tolist()) <= found
+    assert len(found & set(truth[20:].tolist())) >= 8
+    assert len(found - set(truth.tolist())) <= 0.1 * len(found)
+
+
 def test_writes(recording: Recording) -> None:
     """When latent j fires, its partner's direction is written with the partner's mean firing activation."""
     both = planted(recording, 0, 2 * N_PLANTED)
