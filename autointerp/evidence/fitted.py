@@ -83,9 +83,9 @@ class FittedMap:
         Row test and gain test each get half the level, so a q-value is twice the smaller of the two. The gain test
         knows no writes but a latent's own: what the rows that passed write is taken out before it, lest it leak into
         the gains of latents that fire with them. It whitens by the change with those writes in it, as the decoys have
-        them: flipped, they are no longer what the rows explain. Both see the fit half only, which leaves the held-out figures
-        untouched, and centre it place by place: where in a sequence a token stands says by itself much of how it is
-        changed, since early tokens have little context, and that is no latent's doing.
+        them: flipped, they are no longer what the rows explain. Both tests see the fit half only, which leaves the
+        held-out figures untouched, and centre it place by place: where in a sequence a token stands says by itself
+        much of how it is changed, since early tokens have little context, and that is no latent's doing.
         """
         statistic, q = np.full((2, len(self.tracked)), np.nan)
         tested = self.statistics.fit_fired() >= MIN_FIRINGS

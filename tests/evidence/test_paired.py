@@ -109,7 +109,8 @@ def test_shared_blocks_run_once_and_nothing_above_the_hook_runs():
     model.activations(tiny.token_ids())
     assert [calls[f"model.layers.{layer}.mlp.down_proj"] for layer in range(4)] == [1, 1, 2, 0]
     assert calls["lm_head"] == calls["model.norm"] == 0
-    assert given and not any(isinstance(value, Cache) for value in given)
+    assert given
+    assert not any(isinstance(value, Cache) for value in given)
     calls.clear()
     model.logits(tiny.token_ids())
     assert [calls[f"model.layers.{layer}.mlp.down_proj"] for layer in range(4)] == [1, 1, 2, 2]
