@@ -102,6 +102,31 @@ def select(**options: Any) -> int:
 
 
 @cli.command()
+@_RUN
+def check(**options: Any) -> int:
+    """Is it real? What the selected latents do by cause, on held-out documents, against random ones."""
+    import asyncio
+
+    from autointerp.checking import acheck
+    from autointerp.progress import BarReporter, Reporter
+
+    _quiet_libraries()
+    shown = not options["quiet"] and not options["as_json"]
+    results = asyncio.run(acheck(_job(options), reporter=BarReporter() if shown else Reporter()))
+    if options["as_json"]:
+        from autointerp.checking import summary
+
+        click.echo(json.dumps(summary(results), default=str))
+    elif shown:
+        from autointerp.show_checks import checks
+        from autointerp.store import Store
+
+        with Store.open(results.path, "read") as store:
+            checks(store, results.run_id)
+    return results.exit_status
+
+
+@cli.command()
 @click.argument("sql")
 @_DB
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json", "parquet"]), default="table")

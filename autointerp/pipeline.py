@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from autointerp.evidence.model_pair import ModelPair
 
 DEFAULT_DB = "results/autointerp.duckdb"
+CHECKS = ("causal", "causal_latents")
+"""Tables of what was measured of a selection after it was made."""
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
 
 
@@ -68,7 +70,7 @@ async def alabel(
     stop = stop or Stop()
     with on_interrupt(stop):
         stands = _stage(job)
-        evidence = None if stands in ("collect", "label") else await _load(job, pair, tokenizer)
+        evidence = None if stands in ("collect", "label") else await load_evidence(job, pair, tokenizer)
         with contextlib.ExitStack() as held:
             if evidence is not None:
                 held.enter_context(evidence)
@@ -141,7 +143,8 @@ def _stage(job: Job) -> str | None:
     return "collect" if stage == "select" and job.select_only else stage
 
 
-async def _load(job: Job, pair: ModelPair | None, tokenizer: Any) -> Evidence:
+async def load_evidence(job: Job, pair: ModelPair | None = None, tokenizer: Any = None) -> Evidence:
+    """The run's models, dictionary and corpus, checked. InputError in one line."""
     from autointerp.evidence.gather import Evidence
 
     return await asyncio.to_thread(Evidence.load, job.run, pair=pair, tokenizer=tokenizer)
@@ -152,7 +155,7 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
     run_id = job.run.run_id
     try:
         if evidence is not None:
-            await _select(job, evidence, store, stop, reporter)
+            await select_and_store(job, evidence, store, stop, reporter)
         if job.select_only:
             return "done"
         settings = job.settings(run_id)
@@ -185,7 +188,7 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
     return status
 
 
-async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, reporter: Reporter) -> None:
+async def select_and_store(job: Job, evidence: Evidence, store: Store, stop: Stop, reporter: Reporter) -> None:
     """Measures, selects and stores both; nothing is written before the selection stands."""
     reporter.start("tokens", None)
 
@@ -197,7 +200,7 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
     selection, writes = await asyncio.to_thread(evidence.select, progress)
     reporter.finish("tokens")
     run_id = job.run.run_id
-    for table in ("latents", "writes", "contexts", "predictions"):
+    for table in ("latents", "writes", "contexts", "predictions", *CHECKS):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
     store.write_writes(run_id, writes)

@@ -134,3 +134,44 @@ class Score:
     """The same scorer given another latent's label; None when there is no other label."""
     n_examples: int
     n_missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class CausalEffect:
+    """What one edit at the hook does to the predictions, on held-out documents."""
+
+    edit: Literal["added", "removed"]
+    """Rows added to the base model, or taken out of the adapted one."""
+    part: str
+    """none, whole (all of Δx), static, selected, random, matched (random rows, as much written) or all (every row)."""
+    k: int
+    """Rows written."""
+    draw: int
+    """Number of the random draw, from 1; 0 for what is not drawn."""
+    loss: float
+    """Mean next-token loss, nats."""
+    kl: float
+    """Mean KL(adapted ‖ edited base), or KL(edited adapted ‖ base), nats."""
+    loss_share: float | None
+    """Share of the whole's effect; None where the whole has no clear one."""
+    loss_se: float | None
+    """Standard error of the share over documents."""
+    kl_share: float | None
+    kl_se: float | None
+    n_tokens: int
+    n_docs: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatentEffect:
+    """What one latent's row alone carries, each as a share of the effect of the whole Δx."""
+
+    latent: int
+    added_loss: float | None
+    added_kl: float | None
+    removed_loss: float | None
+    removed_kl: float | None
+    n_firing: int
+    """Held-out sequences in which it fires."""
+    n_sequences: int
+    """Those that were run."""

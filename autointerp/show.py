@@ -13,6 +13,7 @@ from rich.text import Text
 
 from autointerp.errors import InputError
 from autointerp.records import Context, LatentEvidence, Write
+from autointerp.show_checks import latent_lines, run_checks
 from autointerp.store import Store
 from autointerp.tabulate import query_table
 from autointerp.terminal import console as make_console
@@ -39,6 +40,8 @@ def table(store: Store, run_id: str | None = None, console: Console | None = Non
     console = console or make_console()
     run_id = store.run_id(run_id)
     console.print(header(store, run_id))
+    for part in run_checks(store, run_id):
+        console.print(part)
     rows = store.read("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [run_id])
     if rows:
         console.print(latents_table(rows, wide=console.width >= _WIDE))
@@ -78,6 +81,8 @@ def latent(
     console.print(Panel(_statistics(evidence), title=Text(title), title_align="left", border_style="dim"))
     for row in labels:
         console.print(_label(row, [score for score in scores if score["labeler"] == row["labeler"]]))
+    for line in latent_lines(store, run_id, latent):
+        console.print(Text(line))
     if evidence.writes:
         console.print(_heading("when it fires, the adapter"))
         console.print(_writes(evidence.writes))

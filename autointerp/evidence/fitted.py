@@ -28,7 +28,8 @@ class FittedMap:
         self.tracked = statistics.tracked
         self.W_dec = W_dec.detach().double().cpu()
         centre = statistics.centre(by_place=False)
-        self._mean = centre[0][0]
+        self.centre: tuple[np.ndarray, np.ndarray] = centre[0][0], centre[1][0]
+        """Means of the base codes z̄ [p] and of the change δ̄ [d] over the tokens of the map."""
         self.fit_half = statistics.fit.moments(*centre)
         self.held_half = statistics.held.moments(*centre)
         self._index = {int(latent): at for at, latent in enumerate(self.tracked)}
@@ -64,7 +65,7 @@ class FittedMap:
     @cached_property
     def size(self) -> np.ndarray:
         """change [p]: ‖c_j‖ · √E[z_j²], root mean square norm of what the row writes, in residual-norm units."""
-        mean_square = self.all_tokens.G.diagonal() / max(self.all_tokens.n, 1) + torch.from_numpy(self._mean**2)
+        mean_square = self.all_tokens.G.diagonal() / max(self.all_tokens.n, 1) + torch.from_numpy(self.centre[0] ** 2)
         return (self.rows.norm(dim=1) * mean_square.sqrt()).numpy()
 
     @cached_property
@@ -146,6 +147,10 @@ class FittedMap:
         held, written = self.held_half, self._fit_rows @ directions
         explained = 2 * (written * (held.B @ directions)).sum(0) - (written * (held.G @ written)).sum(0)
         return (explained / (directions * (held.S @ directions)).sum(0).clamp_min(1e-30)).numpy()
+
+    def in_map(self, latent: int) -> bool:
+        """Whether a latent has a row."""
+        return latent in self._index
 
     def positions(self, latents: Sequence[int]) -> list[int]:
         """Which of `rows` belong to these latents, all of the map."""

@@ -28,7 +28,7 @@ from autointerp.evidence.rows import read_rows
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import SELECTORS, Selection, select
 from autointerp.evidence.spool import Spool, open_scratch
-from autointerp.evidence.stream import Progress, measure
+from autointerp.evidence.stream import Measured, Progress, measure
 from autointerp.evidence.token_text import token_texts
 from autointerp.records import Context, Prediction, Write
 from autointerp.run import Run
@@ -91,11 +91,27 @@ class Evidence:
     def select(self, progress: Progress) -> tuple[Selection, list[Write]]:
         """Reads the corpus once and chooses; the selection, and what the rows of the selected latents write."""
         settings = self.run.settings
+        measured = self._measure(progress)
+        fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
+        selection = select(measured, fitted, settings.selector[0], settings.top, settings.fdr, settings.seed)
+        writes = read_rows(fitted, selection.latents, self.model, self.dictionary, measured.spool, self.decode)
+        self._spool, self._selection = measured.spool, selection
+        return selection, writes
+
+    def fit(self, progress: Progress) -> tuple[FittedMap, Spool]:
+        """The change map, and what it was measured on; reads the corpus once, unless `select` has."""
+        if self._selection is not None and self._spool is not None:
+            return self._selection.fitted, self._spool
+        measured = self._measure(progress)
+        return FittedMap(measured.statistics, self.dictionary.W_dec), measured.spool
+
+    def _measure(self, progress: Progress) -> Measured:
+        settings = self.run.settings
         spool = self._open.enter_context(Spool(self.model.d_model, self.model.dtype, settings.scratch))
         screen = Screen(
             self.dictionary.d_sae, self.model.d_model, max(MIN_SCREEN_TOKENS, self.run.max_tokens // SCREEN_SHARE)
         )
-        measured = measure(
+        return measure(
             self.models,
             self.dictionary,
             self.corpus,
@@ -104,11 +120,6 @@ class Evidence:
             tokens_per_batch=settings.tokens_per_batch or tokens_per_batch(self.model.device),
             progress=progress,
         )
-        fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
-        selection = select(measured, fitted, settings.selector[0], settings.top, settings.fdr, settings.seed)
-        writes = read_rows(fitted, selection.latents, self.model, self.dictionary, spool, self.decode)
-        self._spool, self._selection = spool, selection
-        return selection, writes
 
     async def contexts(self) -> AsyncIterator[tuple[int, list[Context], list[Prediction]]]:
         """(latent, contexts, predictions) of the selected latents in rank order, each as soon as it stands."""

@@ -8,10 +8,10 @@ causal model the padding only follows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,27 @@ class PairedModel:
         return base, adapted[..., : base.shape[-1]]
 
     @torch.inference_mode()
+    def patched_logits(
+        self, side: Literal["base", "adapted"], ids: Tensor, patch: Callable[[Tensor], Tensor], below: Any = None
+    ) -> tuple[Tensor, Any]:
+        """Next-token logits [b, t, vocabulary of the base] of one side when what is at the hook, x [b, t, d], is
+        replaced by patch(x); and what the blocks below the hook's gave, to be handed back as `below` with the same ids
+        on the same side, which leaves those blocks out.
+        """
+        ids = self._checked(ids)
+        with self.pair.base() if side == "base" else self.pair.adapted() as model:
+            n = 0 if self._acts_below(model) else max(self.hook.layer, 0)
+            start = nullcontext() if below is None else self._passed_over(model, n, below)
+            with self._kept(model, n) as kept, start, self._patched(model, patch):
+                logits = model(ids, use_cache=False).logits
+        return logits[..., : self.vocab_size], kept.get("block")
+
+    def _acts_below(self, model: PreTrainedModel) -> bool:
+        """Whether hooks change blocks below the hook's: they would act again on a block that is passed over."""
+        blocks = (model.get_submodule(self._block_path(layer)) for layer in range(max(self.hook.layer, 0)))
+        return any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+
+    @torch.inference_mode()
     def unembed(self, x: Tensor) -> Tensor:
         """Logits [n, vocabulary] that the base model makes of residual-stream activations x [n, d].
 
@@ -177,6 +198,28 @@ class PairedModel:
             handle = module.register_forward_hook(at_output)
         try:
             yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _patched(self, model: PreTrainedModel, patch: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """What is at the hook is replaced by `patch` of it."""
+
+        def at_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (patch(args[0]), *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": patch(kwargs["hidden_states"])}
+
+        def at_output(_module: nn.Module, _args: Sequence[Any], output: Any) -> Any:
+            return type(output)((patch(output[0]), *output[1:])) if isinstance(output, tuple | list) else patch(output)
+
+        module = model.get_submodule(self.hook.module_path)
+        if self.hook.where == "input":
+            handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(at_output)
+        try:
+            yield
         finally:
             handle.remove()
 

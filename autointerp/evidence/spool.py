@@ -106,6 +106,10 @@ class Spool:
         """Document token ids of a sequence [t]."""
         return np.array(self._ids[self._offsets[sequence] : self._offsets[sequence + 1]], dtype=np.int32)
 
+    def counted(self, sequence: int) -> np.ndarray:
+        """Whether each document token of a sequence is counted [t]."""
+        return np.frombuffer(self._counted[self._offsets[sequence] : self._offsets[sequence + 1]], bool)
+
     def seen(self, vocabulary: int, at_least: int) -> np.ndarray:
         """Whether each token id occurs at least so often in the corpus [vocabulary]."""
         return np.bincount(np.array(self._ids, dtype=np.int32), minlength=vocabulary) >= at_least

@@ -26,6 +26,8 @@ _TABLES = (
     "labels",
     "scores",
     "units",
+    "causal",
+    "causal_latents",
     "calls",
     "changed_latents",
 )
@@ -109,7 +111,16 @@ def latent_objects(store: Store, run_id: str) -> Iterator[dict[str, Any]]:
             )
             for name in ("scores", "writes", "contexts", "predictions")
         }
-        yield {**row, **label, **parts}
+        yield {**row, **label, **parts, **_checks(store, key)}
+
+
+def _checks(store: Store, key: list[Any]) -> dict[str, Any]:
+    """What was measured of a latent by `check`, under the name of its table; None where it was not."""
+    found: dict[str, Any] = {}
+    for name in ("causal_latents",):
+        rows = store.read(f"SELECT * EXCLUDE (run_id, latent) FROM {name} WHERE run_id = ? AND latent = ?", key)
+        found[name] = rows[0] if rows else None
+    return found
 
 
 def _put_in_place(draft: Path, target: Path) -> None:

