@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from autointerp.pipeline import Job, load_evidence, select_and_store
+from autointerp.pipeline import CHECKS, Job, load_evidence, select_and_store
 from autointerp.progress import Reporter
 from autointerp.results import Results
 from autointerp.stopping import Stop, on_interrupt
@@ -88,6 +88,8 @@ async def _check(job: Job, evidence: Evidence, store: Store, stop: Stop, reporte
         for table, found in rows.items():
             store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
             store.upsert(table, [{"run_id": run_id, **row} for row in found])
+        done = [other for other in _RUNS if other == name or other not in _missing(store, run_id)]
+        store.upsert("runs", [{"run_id": run_id, "checks": done}])
         await store.aflush()
 
 
@@ -112,9 +114,15 @@ def _causal(checked: Checked, progress: Progress) -> Rows:
     return {"causal": _dicts(sums.effects(sets)), "causal_latents": _dicts(alone)}
 
 
-_RUNS: dict[str, Callable[[Checked, Progress], Rows]] = {"causal": _causal}
+def _transfer(checked: Checked, progress: Progress) -> Rows:
+    from autointerp.evidence.transfer import transfer
+
+    found = transfer(checked.spool, checked.evidence.dictionary, checked.latents, checked.seed, progress)
+    return {"transfer": _dicts(found)}
+
+
+_RUNS: dict[str, Callable[[Checked, Progress], Rows]] = {"causal": _causal, "transfer": _transfer}
 """Check, named after its main table → how it is run."""
-CHECKS = ("causal", "causal_latents")
 
 
 def _dicts(records: Sequence[Any]) -> list[dict[str, Any]]:
@@ -135,4 +143,6 @@ def _stands(store: Store, run_id: str) -> bool:
 
 
 def _missing(store: Store, run_id: str) -> list[str]:
-    return [name for name in _RUNS if not store.read(f"SELECT 1 FROM {name} WHERE run_id = ? LIMIT 1", [run_id])]
+    """The checks that have not run: some leave no row, so that what was done is told by the run."""
+    (run,) = store.read("SELECT checks FROM runs WHERE run_id = ?", [run_id])
+    return [name for name in _RUNS if name not in (run["checks"] or [])]

@@ -65,6 +65,7 @@ _LABELING = _options(
     click.option("--concurrency", type=int, default=8, help="Requests in flight."),
     click.option("--prompts", type=click.Path(path_type=Path), help="Folder whose templates replace the package's."),
     click.option("--prices", type=click.Path(path_type=Path), help="JSON file of model prices to add or replace."),
+    click.option("--ask-all", is_flag=True, help="Ask the model about token, bigram and trigram features, too."),
     click.option("--dry-run", is_flag=True, help="Say what it would do and cost; spend nothing."),
     click.option("--yes", is_flag=True, help="Do not ask before spending money."),
 )
@@ -222,6 +223,7 @@ def _job(options: dict[str, Any]) -> Job:
         "concurrency": options.get("concurrency"),
         "prompts_dir": options.get("prompts"),
         "prices_path": options.get("prices"),
+        "ask_all": options.get("ask_all") or None,
     }
     return Job(
         run,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autointerp.errors import BudgetError, InputError, ProviderError
 from autointerp.labeling.base import LabelingSettings, check_labeler, make_labeler, make_scorer, split_spec
-from autointerp.labeling.work import FINISHED, Work, scored, usable
+from autointerp.labeling.work import FINISHED, Work, needing_calls, scored, usable
 from autointerp.progress import Reporter
 from autointerp.records import LatentEvidence
 from autointerp.results import Results
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from autointerp.evidence.model_pair import ModelPair
 
 DEFAULT_DB = "results/autointerp.duckdb"
-CHECKS = ("causal", "causal_latents")
+CHECKS = ("causal", "causal_latents", "transfer", "ngrams")
 """Tables of what was measured of a selection after it was made."""
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
 
@@ -87,8 +87,6 @@ def estimate_job(job: Job) -> dict[str, Any]:
 
     Exact evidence where the store holds it, else a typical latent, --top times. Spends and stores nothing.
     """
-    from dataclasses import asdict
-
     from autointerp.labeling.llm.estimate import estimate
 
     check_scorers(job)
@@ -96,16 +94,22 @@ def estimate_job(job: Job) -> dict[str, Any]:
     latents: Any = job.run.settings.top
     to_score: dict[str, list[LatentEvidence]] = {}
     run_id, stage = job.run.run_id, _stage(job)
+    ask_all = job.settings(run_id).ask_all
     if stage is not None:
         with Store.open(job.db, "read") as store:
             selected = store.selected(run_id)
             latents = len(selected)
             if stage in ("collect", "label"):
                 labels, have = store.labels(run_id, job.labeler), scored(store, run_id, job.labeler)
+                selected = needing_calls(store, run_id, selected, ask_all or ":" not in job.labeler)
                 done = [j for j in selected if j in labels and labels[j].status in FINISHED]
                 latents = [store.evidence(run_id, j) for j in selected if j not in done]
                 for name in scorers:
-                    waiting = [j for j in done if usable(labels[j]) and (j, name) not in have]
+                    waiting = [
+                        j
+                        for j in done
+                        if usable(labels[j]) and (ask_all or labels[j].status == "ok") and (j, name) not in have
+                    ]
                     to_score[name] = [store.evidence(run_id, j) for j in waiting]
     plan = asdict(estimate(job.labeler, latents, scorers, job.settings(run_id), to_score))
     return {"latents": latents if isinstance(latents, int) else len(latents)} | plan
@@ -158,11 +162,13 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
             await select_and_store(job, evidence, store, stop, reporter)
         if job.select_only:
             return "done"
+        if evidence is not None:
+            await _store_known(run_id, evidence, store)
         settings = job.settings(run_id)
         labeler = make_labeler(job.labeler, settings, store)
         engine = getattr(labeler, "engine", None)
         scorers = [make_scorer(name, labeler, settings) for name in _scorers(job)]
-        work = Work(store, run_id, labeler, scorers, 2 * settings.concurrency, stop, reporter)
+        work = Work(store, run_id, labeler, scorers, 2 * settings.concurrency, stop, reporter, settings.ask_all)
         try:
             if engine is not None:
                 stop.on_ask.append(engine.stopping.set)
@@ -204,7 +210,14 @@ async def select_and_store(job: Job, evidence: Evidence, store: Store, stop: Sto
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
     store.write_writes(run_id, writes)
-    store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select"}])
+    store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select", "checks": []}])
+    await store.aflush()
+
+
+async def _store_known(run_id: str, evidence: Evidence, store: Store) -> None:
+    """Which of the selected latents are a token, bigram or trigram: those need no language model."""
+    found = await asyncio.to_thread(evidence.known)
+    store.upsert("ngrams", [{"run_id": run_id} | asdict(row) for row in found])
     await store.aflush()
 
 

@@ -175,3 +175,39 @@ class LatentEffect:
     """Held-out sequences in which it fires."""
     n_sequences: int
     """Those that were run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How well a probe of one side's stream tells a base latent's activation, on held-out documents."""
+
+    latent: int
+    r2: float
+    """On the adapted stream."""
+    auc: float
+    r2_base: float
+    """On the base stream: what the same kind of probe can reach."""
+    auc_base: float
+    r2_shuffled: float
+    """On the adapted stream, with the activations of other tokens."""
+    auc_shuffled: float
+    cosine: float | None
+    """Of the probe's direction on the adapted stream with the latent's encoder column; None without such a one."""
+    n_tokens: int
+    n_firing: int
+    """Held-out tokens at which it fires."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ngrams:
+    """How much of a latent's activation the token, bigram or trigram that ends there tells, on held-out documents."""
+
+    latent: int
+    r2_token: float
+    r2_bigram: float
+    r2_trigram: float
+    length: int | None
+    """Tokens of the n-grams, a few of which explain it; None where none do."""
+    grams: tuple[tuple[str, ...], ...] = ()
+    """The n-grams that make up most of its activation, strongest first, where one length explains it. An empty string
+    stands for the start of a sequence."""

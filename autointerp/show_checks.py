@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -30,13 +31,16 @@ def checks(store: Store, run_id: str, console: Console | None = None) -> None:
 
 def run_checks(store: Store, run_id: str) -> list[Table | Text]:
     """Tables of what was checked of a run; none before `check` has run."""
-    return causal_table(store.read("SELECT * FROM causal WHERE run_id = ? ORDER BY ALL", [run_id]))
+    found = causal_table(store.read("SELECT * FROM causal WHERE run_id = ? ORDER BY ALL", [run_id]))
+    probes = store.read("SELECT * FROM transfer WHERE run_id = ? ORDER BY latent", [run_id])
+    return [*found, Text(_probes(probes), style="dim")] if probes else found
 
 
 def latent_lines(store: Store, run_id: str, latent: int) -> list[str]:
     """What was checked of one latent, a line a check."""
     rows = store.read("SELECT * FROM causal_latents WHERE run_id = ? AND latent = ?", [run_id, latent])
-    return [_alone(row) for row in rows]
+    probes = store.read("SELECT * FROM transfer WHERE run_id = ? AND latent = ?", [run_id, latent])
+    return [_alone(row) for row in rows] + [_probe(row) for row in probes]
 
 
 def causal_table(rows: Sequence[dict[str, Any]]) -> list[Table | Text]:
@@ -100,4 +104,23 @@ def _alone(row: dict[str, Any]) -> str:
     return (
         f"by cause, its row alone carries of the whole change: {words[0]}, {words[1]}; {words[2]}, {words[3]}"
         f" ({row['n_sequences']} of {row['n_firing']} held-out sequences it fires in)"
+    )
+
+
+def _probes(rows: Sequence[dict[str, Any]]) -> str:
+    """Medians over the latents, and how many are gone."""
+    words = [f"R² {median(row[key] for row in rows):.2f} {name}" for key, name in _STREAMS.items()]
+    gone = sum(row["r2"] < row["r2_base"] / 2 for row in rows)
+    lost = f"; {gone} have lost more than half of theirs" if gone else ""
+    return f"do they live on? Probes of {len(rows)} latents, median held-out {', '.join(words)}{lost}"
+
+
+_STREAMS = {"r2": "on the adapted stream", "r2_base": "on the base's", "r2_shuffled": "on shuffled pairs"}
+
+
+def _probe(row: dict[str, Any]) -> str:
+    turned = "" if row["cosine"] is None else f", cosine with its encoder {row['cosine']:.2f}"
+    return (
+        f"lives on? A probe of the adapted stream tells it with R² {row['r2']:.2f} (base {row['r2_base']:.2f},"
+        f" shuffled {row['r2_shuffled']:.2f}), AUC {row['auc']:.2f}{turned}"
     )

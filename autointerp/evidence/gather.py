@@ -21,6 +21,7 @@ from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
+from autointerp.evidence.ngrams import ngrams
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import replicas, tokens_per_batch
 from autointerp.evidence.predictions import Predictor
@@ -30,7 +31,7 @@ from autointerp.evidence.selection import SELECTORS, Selection, select
 from autointerp.evidence.spool import Spool, open_scratch
 from autointerp.evidence.stream import Measured, Progress, measure
 from autointerp.evidence.token_text import token_texts
-from autointerp.records import Context, Prediction, Write
+from autointerp.records import Context, Ngrams, Prediction, Write
 from autointerp.run import Run
 
 if TYPE_CHECKING:
@@ -121,15 +122,24 @@ class Evidence:
             progress=progress,
         )
 
+    def known(self) -> list[Ngrams]:
+        """How much of each selected latent its n-grams tell; reads the spool once."""
+        if self._spool is None or self._selection is None:
+            raise RuntimeError("select first")
+        return ngrams(self._spool, self.dictionary, self._selection.latents, self._revived(), self.decode)
+
+    def _revived(self) -> set[int]:
+        assert self._selection is not None
+        states = self._selection.columns["state"]
+        return {latent for latent in self._selection.latents if states[latent] == "revived"}
+
     async def contexts(self) -> AsyncIterator[tuple[int, list[Context], list[Prediction]]]:
         """(latent, contexts, predictions) of the selected latents in rank order, each as soon as it stands."""
         if self._spool is None or self._selection is None:
             raise RuntimeError("select first")
-        states = self._selection.columns["state"]
-        revived = {latent for latent in self._selection.latents if states[latent] == "revived"}
         predictor = Predictor(self.models, self._spool, self.corpus.bos, self.decode)
         latents, seed = self._selection.latents, self.run.settings.seed
-        async for group in collect(self._spool, self.dictionary, latents, revived, self.decode, seed):
+        async for group in collect(self._spool, self.dictionary, latents, self._revived(), self.decode, seed):
             predictions = await asyncio.to_thread(predictor.predict, [c for found in group.values() for c in found])
             for latent, found in group.items():
                 yield latent, found, [p for p in predictions if p.latent == latent]

@@ -60,6 +60,8 @@ class LabelingSettings:
     """Tokens per minute, input and output together."""
     concurrency: int = 8
     seed: int = 0
+    ask_all: bool = False
+    """Whether the model is asked about latents that a token, bigram or trigram explains, too."""
     prompts_dir: Path | None = None
     """Templates here replace those of the package, file by file."""
     prices_path: Path | None = None

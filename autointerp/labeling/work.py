@@ -8,12 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass, field
 
 from autointerp.errors import AutointerpError, BudgetError, ProviderError
-from autointerp.labeling.base import Labeler, Scorer
+from autointerp.labeling.base import Labeler, Scorer, needs_engine
 from autointerp.labeling.effect import effect_sentence
+from autointerp.labeling.known import known_label
 from autointerp.labeling.lexical import NO_RULE
 from autointerp.labeling.llm.faults import Interrupted
+from autointerp.labeling.scorers.rule import RuleScorer
 from autointerp.progress import Reporter
-from autointerp.records import Context, Label, Prediction
+from autointerp.records import Context, Label, Ngrams, Prediction
 from autointerp.stopping import Stop
 from autointerp.store import Store
 
@@ -27,6 +29,13 @@ Contexts = AsyncIterator[tuple[int, list[Context], list[Prediction]]]
 def usable(label: Label) -> bool:
     """Whether a label says something that can be scored."""
     return label.status in ("ok", "known")
+
+
+def needing_calls(store: Store, run_id: str, latents: Sequence[int], ask_all: bool) -> list[int]:
+    """Those of `latents` that a labeler's model is asked about: not the dead ones nor, without `ask_all`, n-grams."""
+    dead = store.dead(run_id)
+    known = {latent for latent, found in store.ngrams(run_id).items() if found.length is not None and not ask_all}
+    return [latent for latent in latents if latent not in dead | known]
 
 
 def scored(store: Store, run_id: str, labeler: str) -> set[tuple[int, str]]:
@@ -47,18 +56,24 @@ class Work:
     """Latents under way at once; a labeler limits its own requests."""
     stop: Stop
     reporter: Reporter
+    ask_all: bool = False
+    """Whether the labeler's model is asked about latents that are n-grams, too."""
     halted: AutointerpError | None = field(default=None, init=False)
     """The budget or the provider said no: nothing more is asked, but contexts are still collected."""
 
     def __post_init__(self) -> None:
         self._free = asyncio.Semaphore(self.waiting)
+        self._asks = getattr(self.labeler, "engine", None) is not None and not self.ask_all
+        self._ngrams: dict[int, Ngrams] = {}
 
     async def label(self, contexts: Contexts | None) -> None:
-        """Labels each selected latent that has no label yet. With `contexts`, stores them as they come and labels each
-        latent at once, while others are still being collected; without, they stand in the store already."""
+        """Labels each selected latent that has no label yet and is not dead. With `contexts`, stores them as they come
+        and labels each latent at once, while others are still being collected; without, they stand in the store."""
         selected = self.store.selected(self.run_id)
         labels = self.store.labels(self.run_id, self.labeler.name)
         done = {latent for latent in selected if latent in labels and labels[latent].status in FINISHED}
+        done |= self.store.dead(self.run_id) & set(selected)
+        self._ngrams = self.store.ngrams(self.run_id) if self._asks else {}
         self.reporter.start("labels", len(selected))
         self.reporter.advance("labels", len(done))
         async with _gathering() as tasks:
@@ -76,8 +91,9 @@ class Work:
         done = scored(self.store, self.run_id, self.labeler.name)
         self.reporter.start("scores", len(found) * len(self.scorers))
         async with _gathering() as tasks:
-            for scorer in self.scorers:
+            for wished in self.scorers:
                 for at, label in enumerate(found):
+                    scorer = self._scorer_of(label, wished)
                     if (label.latent, scorer.name) in done:
                         self.reporter.advance("scores")
                         continue
@@ -87,10 +103,16 @@ class Work:
                     )
         self._raise_halt()
 
+    def _scorer_of(self, label: Label, wished: Scorer) -> Scorer:
+        """What asks a model is not asked of a known feature: its rule is run instead."""
+        known = label.status == "known" and not self.ask_all
+        return RuleScorer() if known and needs_engine(wished) else wished
+
     def complete(self) -> bool:
         """Whether every selected latent has a usable label."""
         labels = self.store.labels(self.run_id, self.labeler.name)
-        return all(j in labels and usable(labels[j]) for j in self.store.selected(self.run_id))
+        dead = self.store.dead(self.run_id)
+        return all(j in dead or (j in labels and usable(labels[j])) for j in self.store.selected(self.run_id))
 
     async def _stored(self, contexts: Contexts) -> AsyncIterator[int]:
         """The latents whose contexts are committed, one by one."""
@@ -105,7 +127,8 @@ class Work:
 
     async def _label(self, latent: int) -> None:
         evidence = await asyncio.to_thread(self.store.evidence, self.run_id, latent)
-        label = await self.labeler.label(evidence)
+        label = known_label(evidence, self._ngrams.get(latent), self.labeler.name)
+        label = label or await self.labeler.label(evidence)
         await asyncio.wrap_future(self.store.write_label(self.run_id, label))
 
     async def _score(self, scorer: Scorer, label: Label, wrong: Label | None) -> None:

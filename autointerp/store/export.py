@@ -28,6 +28,8 @@ _TABLES = (
     "units",
     "causal",
     "causal_latents",
+    "transfer",
+    "ngrams",
     "calls",
     "changed_latents",
 )
@@ -117,7 +119,7 @@ def latent_objects(store: Store, run_id: str) -> Iterator[dict[str, Any]]:
 def _checks(store: Store, key: list[Any]) -> dict[str, Any]:
     """What was measured of a latent by `check`, under the name of its table; None where it was not."""
     found: dict[str, Any] = {}
-    for name in ("causal_latents",):
+    for name in ("causal_latents", "transfer", "ngrams"):
         rows = store.read(f"SELECT * EXCLUDE (run_id, latent) FROM {name} WHERE run_id = ? AND latent = ?", key)
         found[name] = rows[0] if rows else None
     return found

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from autointerp.errors import InputError
-from autointerp.records import Context, Label, LatentEvidence, Prediction, Score, Write
+from autointerp.records import Context, Label, LatentEvidence, Ngrams, Prediction, Score, Write
 from autointerp.store import files, schema
 from autointerp.store.rows import latents_table, to_arrow
 from autointerp.store.writer import Statement, Step, Upsert, Writer
@@ -205,6 +205,17 @@ class Store:
         """Latent → what this labeler says of it."""
         rows = self.read("SELECT * FROM labels WHERE run_id = ? AND labeler = ? ORDER BY latent", [run_id, labeler])
         return {row["latent"]: _label(row) for row in rows}
+
+    def ngrams(self, run_id: str) -> dict[int, Ngrams]:
+        """Latent → how much of it its n-grams tell, where that was measured."""
+        rows = self.read("SELECT * EXCLUDE (run_id) FROM ngrams WHERE run_id = ?", [run_id])
+        found = [(row, json.loads(row.pop("grams") or "[]")) for row in rows]
+        return {row["latent"]: Ngrams(**row, grams=tuple(map(tuple, grams))) for row, grams in found}
+
+    def dead(self, run_id: str) -> set[int]:
+        """The selected latents that fire in neither model: there is nothing to label."""
+        sql = "SELECT latent FROM latents WHERE run_id = ? AND selected AND state = 'dead'"
+        return {row["latent"] for row in self.read(sql, [run_id])}
 
     def evidence(self, run_id: str, latent: int) -> LatentEvidence:
         """All that is known of one latent before it is labelled. InputError when the run has no such latent."""

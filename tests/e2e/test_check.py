@@ -43,6 +43,10 @@ def test_check_goes_on_from_the_selection(
     item = json.loads(shell("show", latent, "--json", "--db", copy.db).out)
     assert item["causal_latents"]["n_firing"] > 0
     assert "by cause" in shell("show", "--db", copy.db).out
+    probes = read(copy.db, "select * from transfer")
+    assert {row["latent"] for row in probes} <= {row["latent"] for row in before}
+    assert all(row["r2"] <= 1 and 0 <= row["auc"] <= 1 and abs(row["r2_shuffled"]) < 0.5 for row in probes)
+    assert item["transfer"]["n_firing"] > 0
 
 
 def test_check_selects_where_nothing_stands_and_select_forgets_it(world: World, tmp_path: Path, shell: Shell) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from autointerp.store import Store
+
 from ..faults.server import Fault, error
 from .serving import KEY, MODELS, Serving
 from .world import Shell, World, read
@@ -222,3 +224,37 @@ def test_scores_that_are_missing_are_counted_in_a_dry_run_and_asked_for(copied: 
         assert shell(*copied.args(labeler=MODELS["openai"])).status == 0
         assert 0 < len(server.requests) - n <= plan["calls"]
         assert len(questions(server, "label")) == K
+
+
+def test_known_features_cost_no_call(copied: World, shell: Shell, use: Any) -> None:
+    """The latents of this world are tokens: named and scored without a request, and dry runs know it."""
+    known = {row["latent"] for row in read(copied.db, "SELECT latent FROM ngrams WHERE length IS NOT NULL")}
+    selected = {row["latent"] for row in read(copied.db, "SELECT latent FROM changed_latents")}
+    assert known
+    args = copied.args(labeler=MODELS["openai"], ask_all=None)
+    with Serving() as server:
+        use(server)
+        plan = json.loads(shell(*args, "--dry-run", "--json").out)
+        assert plan["latents"] == len(selected - known)
+        says = shell(*args)
+        assert says.status == 0, says
+        assert len(questions(server, "label")) == len(selected - known)
+        assert known.isdisjoint({row["latent"] for row in read(copied.db, "SELECT latent FROM calls")})
+    rows = read(copied.db, "SELECT * FROM changed_latents WHERE status = 'known' AND labeler LIKE 'openai:%'")
+    assert {row["latent"] for row in rows} == known
+    for row in rows:
+        (grams,) = read(copied.db, f"SELECT grams FROM ngrams WHERE latent = {row['latent']}")
+        assert json.loads(grams["grams"])[0][-1].strip() in row["label"]
+        assert row["scorer"] == "rule"
+        assert row["score"] > 0.9
+
+
+def test_dead_latents_are_not_labelled(copied: World, shell: Shell, use: Any) -> None:
+    (first,) = read(copied.db, "SELECT latent FROM changed_latents WHERE rank = 1")
+    with Store.open(copied.db) as store:
+        store.execute("UPDATE latents SET state = 'dead' WHERE latent = ?", [first["latent"]])
+    with Serving() as server:
+        use(server)
+        assert shell(*copied.args(labeler=MODELS["openai"])).status == 0
+        assert len(questions(server, "label")) == K - 1
+    assert read(copied.db, f"SELECT * FROM labels WHERE latent = {first['latent']} AND labeler <> 'lexical'") == []

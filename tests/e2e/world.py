@@ -62,6 +62,8 @@ class World:
             "top": 4,
             "device": "cpu",
         }
+        if command == "label":
+            options["ask_all"] = True  # the latents of this world are tokens: without, there would be nothing to ask
         words = [command]
         for key, value in (options | changed).items():
             option = f"--{key.replace('_', '-')}"

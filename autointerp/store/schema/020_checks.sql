@@ -1,5 +1,7 @@
 -- Whether the change is real: rows added to the base model and taken out of the adapted one.
 
+ALTER TABLE runs ADD COLUMN checks VARCHAR[];  -- those that stand
+
 CREATE TABLE causal (
     run_id VARCHAR,
     edit VARCHAR,                -- added (to the base model) | removed (from the adapted one)
@@ -26,5 +28,32 @@ CREATE TABLE causal_latents (
     removed_kl DOUBLE,
     n_firing INTEGER,            -- held-out sequences in which it fires
     n_sequences INTEGER,         -- those of them that were run
+    PRIMARY KEY (run_id, latent)
+);
+
+CREATE TABLE transfer (
+    run_id VARCHAR,
+    latent INTEGER,
+    r2 DOUBLE,                   -- of ReLU(x_adapted·w + c) for the base activation, on held-out documents
+    auc DOUBLE,                  -- of x_adapted·w + c for whether it fires in the base model
+    r2_base DOUBLE,              -- the same probes on x_base
+    auc_base DOUBLE,
+    r2_shuffled DOUBLE,          -- on x_adapted, with activations of other tokens
+    auc_shuffled DOUBLE,
+    cosine DOUBLE,               -- of w with the latent's encoder column
+    n_tokens BIGINT,
+    n_firing BIGINT,
+    PRIMARY KEY (run_id, latent)
+);
+
+-- How much of a latent the token, bigram or trigram tells alone.
+CREATE TABLE ngrams (
+    run_id VARCHAR,
+    latent INTEGER,
+    r2_token DOUBLE,             -- of a table of n-grams, on held-out documents
+    r2_bigram DOUBLE,
+    r2_trigram DOUBLE,
+    length INTEGER,              -- tokens of the n-grams, a few of which explain it; NULL: none do
+    grams JSON,                  -- n-grams that make up most of its activation, strongest first
     PRIMARY KEY (run_id, latent)
 );
