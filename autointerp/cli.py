@@ -46,7 +46,7 @@ _RUN = _options(
     click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
     click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
     click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]"),
-    click.option("--selector", multiple=True, help="change, mean-shift, random.  [default: change]"),
+    click.option("--selector", multiple=True, help="change, mean-shift, random, weights.  [default: change]"),
     click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),
     click.option("--device", help="cpu, cuda, …  [default: a GPU where there is one]"),
     click.option("--dtype", help="float32, bfloat16, float16.  [default: float32]"),
@@ -96,9 +96,7 @@ def label(**options: Any) -> int:
 @_RUN
 def select(**options: Any) -> int:
     """The change statistics and the selection only: no contexts, no labels."""
-    from dataclasses import replace
-
-    return _finish(_run(replace(_job(options), select_only=True), options), options)
+    return _finish(_run(_job(options, select_only=True), options), options)
 
 
 @cli.command()
@@ -184,12 +182,14 @@ Next:
 """
 
 
-def _job(options: dict[str, Any]) -> Job:
+def _job(options: dict[str, Any], select_only: bool = False) -> Job:
     from autointerp.pipeline import Job
-    from autointerp.run import Run
+    from autointerp.run import WEIGHTS_ONLY, Run
 
     flags: dict[str, Any] = {key: options.get(key) for key in _RUN_KEYS}
-    run = Run.load(options["path"], selector=options["selector"] or None, **flags)
+    selectors = options["selector"] or None
+    by_weights = select_only and selectors is not None and set(selectors) <= set(WEIGHTS_ONLY)
+    run = Run.load(options["path"], need=() if by_weights else ("base", "corpus"), selector=selectors, **flags)
     labeling = {
         "max_usd": options.get("max_usd"),
         "rpm": options.get("rpm"),
@@ -204,6 +204,7 @@ def _job(options: dict[str, Any]) -> Job:
         labeler=options.get("labeler") or "lexical",
         scorers=tuple(options.get("scorer") or ()),
         labeling={key: value for key, value in labeling.items() if value is not None},
+        select_only=select_only,
     )
 
 

@@ -17,15 +17,16 @@ from autointerp.errors import BudgetError, InputError, ProviderError
 from autointerp.labeling.base import LabelingSettings, check_labeler, make_labeler, make_scorer, split_spec
 from autointerp.labeling.work import FINISHED, Work, scored, usable
 from autointerp.progress import Reporter
-from autointerp.records import LatentEvidence
+from autointerp.records import LatentEvidence, Write
 from autointerp.results import Results
-from autointerp.run import Run
+from autointerp.run import WEIGHTS_ONLY, Run
 from autointerp.stopping import Stop, StoppedByUser, on_interrupt
 from autointerp.store import Store
 
 if TYPE_CHECKING:
     from autointerp.evidence.gather import Evidence
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.weights_evidence import WeightsEvidence
 
 DEFAULT_DB = "results/autointerp.duckdb"
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
@@ -141,13 +142,19 @@ def _stage(job: Job) -> str | None:
     return "collect" if stage == "select" and job.select_only else stage
 
 
-async def _load(job: Job, pair: ModelPair | None, tokenizer: Any) -> Evidence:
+async def _load(job: Job, pair: ModelPair | None, tokenizer: Any) -> Evidence | WeightsEvidence:
+    if job.select_only and set(job.run.settings.selector) <= set(WEIGHTS_ONLY):
+        from autointerp.evidence.weights_evidence import WeightsEvidence
+
+        return await asyncio.to_thread(WeightsEvidence.load, job.run)
     from autointerp.evidence.gather import Evidence
 
     return await asyncio.to_thread(Evidence.load, job.run, pair=pair, tokenizer=tokenizer)
 
 
-async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, reporter: Reporter) -> str:
+async def _work(
+    job: Job, evidence: Evidence | WeightsEvidence | None, store: Store, stop: Stop, reporter: Reporter
+) -> str:
     """Evidence, labels, scores; the status that the run ends with."""
     run_id = job.run.run_id
     try:
@@ -155,6 +162,7 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
             await _select(job, evidence, store, stop, reporter)
         if job.select_only:
             return "done"
+        contexts = evidence.contexts() if evidence is not None else None  # pyright: ignore[reportAttributeAccessIssue]
         settings = job.settings(run_id)
         labeler = make_labeler(job.labeler, settings, store)
         engine = getattr(labeler, "engine", None)
@@ -163,7 +171,7 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
         try:
             if engine is not None:
                 stop.on_ask.append(engine.stopping.set)
-            await work.label(evidence.contexts() if evidence is not None else None)
+            await work.label(contexts)
             await work.score()
         finally:
             if engine is not None:
@@ -185,17 +193,9 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
     return status
 
 
-async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, reporter: Reporter) -> None:
+async def _select(job: Job, evidence: Evidence | WeightsEvidence, store: Store, stop: Stop, reporter: Reporter) -> None:
     """Measures, selects and stores both; nothing is written before the selection stands."""
-    reporter.start("tokens", None)
-
-    def progress(n: int) -> None:
-        stop.check("interrupted while reading the corpus: nothing was stored")
-        reporter.expect("tokens", evidence.corpus.expected_tokens())
-        reporter.advance("tokens", n)
-
-    selection, writes = await asyncio.to_thread(evidence.select, progress)
-    reporter.finish("tokens")
+    selection, writes = await asyncio.to_thread(_selection, evidence, stop, reporter)
     run_id = job.run.run_id
     for table in ("latents", "writes", "contexts", "predictions"):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
@@ -205,10 +205,27 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
     await store.aflush()
 
 
-def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
+def _selection(evidence: Evidence | WeightsEvidence, stop: Stop, reporter: Reporter) -> tuple[Any, list[Write]]:
+    from autointerp.evidence.gather import Evidence
+
+    if not isinstance(evidence, Evidence):
+        return evidence.select()
+    reporter.start("tokens", None)
+
+    def progress(n: int) -> None:
+        stop.check("interrupted while reading the corpus: nothing was stored")
+        reporter.expect("tokens", evidence.corpus.expected_tokens())
+        reporter.advance("tokens", n)
+
+    found = evidence.select(progress)
+    reporter.finish("tokens")
+    return found
+
+
+def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
     from autointerp.evidence.gather import library_versions
 
-    run, dictionary = job.run, evidence.dictionary
+    run = job.run
     settings = {name: getattr(run.settings, name) for name in ("top", "selector", "fdr", "seed", "dtype")}
     shape = {name: getattr(run, name) for name in ("text_column", "context_length", "max_tokens")}
     return {
@@ -219,10 +236,8 @@ def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
             name: getattr(run, name)
             for name in ("base", "adapter", "adapter_format", "adapter_sha256", "sae", "corpus")
         },
-        "sae_format": dictionary.format,
         "hook": run.hook,
-        "d_model": dictionary.d_in,
-        "d_sae": dictionary.d_sae,
+        **evidence.shape,
         "selector": run.settings.selector[0],
         "seed": run.settings.seed,
         "settings": settings | shape,
