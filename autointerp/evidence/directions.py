@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autointerp.errors import InputError
 from autointerp.evidence.dictionaries.base import Dictionary, load_dictionary
+from autointerp.evidence.tensor_files import all_finite
 from autointerp.evidence.weight_files import check_header, not_finite, read_json
 
 BLOCK = 4096
@@ -123,7 +124,7 @@ class OnDisk(Directions):
     def _read(self, key: str, at: tuple[slice, ...]) -> Tensor:
         with safe_open(self._file, framework="pt") as file:  # mapped for this block alone
             block = file.get_slice(key)[at].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        if not torch.isfinite(block.sum(dtype=torch.float64)):
+        if not all_finite(block):
             raise not_finite(self._name, key)
         return block
 
