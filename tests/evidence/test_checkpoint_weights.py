@@ -80,7 +80,7 @@ def test_vocabularies_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     model = AutoModelForCausalLM.from_pretrained(base)
     model.resize_token_embeddings(tiny.VOCAB + 7, mean_resizing=False)
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(1.5)
+        model.get_input_embeddings().weight.mul_(1.5)  # pyright: ignore[reportCallIssue]
     model.save_pretrained(tmp_path / "adapted")
     plain = Tensors.blocks
     monkeypatch.setattr(Tensors, "blocks", lambda self, name: plain(self, name, 100 * tiny.WIDTH))
