@@ -118,7 +118,8 @@ def query(sql: str, db: Path, form: str, out: Path | None) -> int:
 @_DB
 @_RUN_ID
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one object a latent.")
-def show(latent: int | None, db: Path, run_id: str | None, as_json: bool) -> int:
+@click.option("--units", is_flag=True, help="What the adapter's hidden units read and write, a sentence each.")
+def show(latent: int | None, db: Path, run_id: str | None, as_json: bool, units: bool) -> int:
     """The labelled latents as a table; with LATENT, that one with its contexts."""
     from autointerp import show as render
     from autointerp.store import Store
@@ -126,7 +127,11 @@ def show(latent: int | None, db: Path, run_id: str | None, as_json: bool) -> int
 
     with Store.open(db, "read") as store:
         wanted = store.run_id(run_id)
-        if as_json:
+        if units:
+            from autointerp import show_units
+
+            show_units.table(store, wanted)
+        elif as_json:
             found = [item for item in latent_objects(store, wanted) if latent in (None, item["latent"])]
             if latent is not None and not found:
                 raise InputError(f"run {wanted} selected no latent {latent}: `autointerp show` lists those it did")

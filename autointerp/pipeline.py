@@ -196,11 +196,13 @@ async def _work(
 async def _select(job: Job, evidence: Evidence | WeightsEvidence, store: Store, stop: Stop, reporter: Reporter) -> None:
     """Measures, selects and stores both; nothing is written before the selection stands."""
     selection, writes = await asyncio.to_thread(_selection, evidence, stop, reporter)
+    units = await asyncio.to_thread(evidence.units)
     run_id = job.run.run_id
     for table in ("latents", "writes", "contexts", "predictions"):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
     store.write_writes(run_id, writes)
+    store.write_units(run_id, units)
     store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select"}])
     await store.aflush()
 

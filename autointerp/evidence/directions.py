@@ -117,9 +117,9 @@ class OnDisk(Directions):
             yield at, self._read("W_dec", (at,)).T
 
     def decoder_rows(self, latents: list[int]) -> Tensor:
-        return (
-            torch.cat([self._read("W_dec", (slice(j, j + 1),)) for j in latents]) if latents else torch.zeros(0, self.d)
-        )
+        with safe_open(self._file, framework="pt") as file:
+            rows = file.get_slice("W_dec")
+            return torch.cat([torch.zeros(0, self.d), *(rows[j : j + 1].to(torch.float32, copy=True) for j in latents)])
 
     def _read(self, key: str, at: tuple[slice, ...]) -> Tensor:
         with safe_open(self._file, framework="pt") as file:  # mapped for this block alone

@@ -19,6 +19,7 @@ from autointerp.evidence.collector import collect
 from autointerp.evidence.corpus import Corpus, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
+from autointerp.evidence.directions import InMemory
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
@@ -32,7 +33,7 @@ from autointerp.evidence.spool import Spool, open_scratch
 from autointerp.evidence.stream import Progress, measure
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.token_text import token_texts
-from autointerp.records import Context, Prediction, Write
+from autointerp.records import Context, Prediction, Unit, Write
 from autointerp.run import WEIGHTS_ONLY, Run
 
 if TYPE_CHECKING:
@@ -121,6 +122,12 @@ class Evidence:
         writes = read_rows(fitted, selection.latents, self.model, self.dictionary, spool, self.decode)
         self._spool, self._selection = spool, selection
         return selection, writes
+
+    def units(self) -> list[Unit]:
+        """The adapter's components, where it is of low rank, by the latents they read or write."""
+        from autointerp.evidence.weights_evidence import units_of
+
+        return units_of(self.run, InMemory(self.dictionary))
 
     async def contexts(self) -> AsyncIterator[tuple[int, list[Context], list[Prediction]]]:
         """(latent, contexts, predictions) of the selected latents in rank order, each as soon as it stands."""

@@ -68,7 +68,7 @@ def lora_changes(folder: Path, config: dict[str, Any], file: Path, base: BaseWei
     lora = _taken_apart(folder, config, Tensors([file], "adapter"), base)
     if not lora.parts and not lora.whole:
         raise InputError(f"adapter {folder}: holds no lora_A and lora_B; save it again with PEFT's save_pretrained")
-    changes = WeightChanges(sorted({*lora.parts, *lora.whole}), lambda: _changes(lora, changes))
+    changes = WeightChanges(sorted({*lora.parts, *lora.whole}), lambda: _changes(lora, changes), low_rank=True)
     return changes
 
 

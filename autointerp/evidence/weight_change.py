@@ -75,6 +75,8 @@ class WeightChanges:
     modules: list[str]
     """All modules that may be changed, known before any weight is read."""
     read: Callable[[], Iterator[WeightChange]]
+    low_rank: bool = False
+    """Whether they are products of thin factors, so that there are units to speak of."""
     left_out: Counter[str] = field(default_factory=Counter)
     """What is not a weight matrix and so not read: kind → how many."""
 

@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from autointerp.errors import InputError
+from autointerp.evidence.adapters import ADAPTERS
 from autointerp.evidence.directions import Directions, open_directions
 from autointerp.evidence.selection import Ranking
+from autointerp.evidence.tensor_files import BaseWeights
+from autointerp.evidence.units import describe, lora_components
 from autointerp.evidence.weights_only import Change, Streamer, WeightScores, read_weights, score
-from autointerp.records import Role, Write
+from autointerp.evidence.wiring import Wiring
+from autointerp.records import Role, Unit, Write
 from autointerp.run import Run
 
 
@@ -64,6 +69,10 @@ class WeightsEvidence:
         figures: dict[str, Any] = {"n_pass": ranking.n_pass, "notes": ranking.note}
         return WeightSelection(ranking.latents, columns | ranking.columns, figures), []
 
+    def units(self) -> list[Unit]:
+        """The components of the adapter, where it is of low rank, by the latents they read or write."""
+        return units_of(self.run, self.directions)
+
     def close(self) -> None:
         pass
 
@@ -72,6 +81,19 @@ class WeightsEvidence:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def units_of(run: Run, directions: Directions) -> list[Unit]:
+    """The units of an adapter; none where its files do not tell of any."""
+    base = BaseWeights.at(run.base)
+    try:
+        changes = ADAPTERS.get(run.adapter_format).weight_changes(run.adapter, base)
+        if not changes.low_rank:
+            return []
+        streamer = Streamer(Wiring.of(run.hook or "", None if base is None else base.config, changes.modules), base)
+        return describe(lora_components(changes, streamer), directions)
+    except InputError:
+        return []
 
 
 def rank(scores: WeightScores, change: Change, top: int, fdr: float) -> Ranking:

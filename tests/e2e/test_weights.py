@@ -78,6 +78,10 @@ def test_neither_corpus_nor_base_is_needed(bare: World, shell: Shell) -> None:
     assert "no corpus was read" in one.out
     assert "nan" not in one.out.lower()
     assert shell("query", "from changed_latents", "--db", bare.db).status == 0
+    units = shell("show", "--units", "--db", bare.db)
+    assert units.status == 0
+    assert f"raises latent {PLANTED}" in " ".join(units.out.split())
+    assert "no latent is labelled yet" in units.out
     again = shell(*by_weights(bare, json=True))
     assert json.loads(again.out)["n_pass"] == run["n_pass"]
     assert len(read(bare.db, "SELECT 1 FROM runs")) == 1
@@ -146,6 +150,9 @@ def test_labels_after_it_take_corpus_and_base(world: World, tmp_path: Path, shel
     after = read(made.db, chosen)
     assert [row["latent"] for row in after] == [row["latent"] for row in before]
     assert [row["statistic"] for row in after] == pytest.approx([row["statistic"] for row in before], rel=1e-4)
+    names = read(made.db, "SELECT label FROM labels WHERE status = 'known'")
+    units = " ".join(shell("show", "--units", "--db", made.db).out.split())
+    assert any(f"[{row['label']}]" in units for row in names)
     (counts,) = read(made.db, "SELECT count(DISTINCT latent) AS labelled FROM labels")
     assert counts["labelled"] == len(before)
 
