@@ -46,7 +46,7 @@ _RUN = _options(
     click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
     click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
     click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]"),
-    click.option("--selector", multiple=True, help="change, mean-shift, random.  [default: change]"),
+    click.option("--selector", multiple=True, help="change, mean-shift, random, weights.  [default: change]"),
     click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),
     click.option("--device", help="cpu, cuda, …  [default: a GPU where there is one]"),
     click.option("--dtype", help="float32, bfloat16, float16.  [default: float32]"),
@@ -97,9 +97,7 @@ def label(**options: Any) -> int:
 @_RUN
 def select(**options: Any) -> int:
     """The change statistics and the selection only: no contexts, no labels."""
-    from dataclasses import replace
-
-    return _finish(_run(replace(_job(options), select_only=True), options), options)
+    return _finish(_run(_job(options, select_only=True), options), options)
 
 
 @cli.command()
@@ -146,7 +144,8 @@ def query(sql: str, db: Path, form: str, out: Path | None) -> int:
 @_DB
 @_RUN_ID
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one object a latent.")
-def show(latent: int | None, db: Path, run_id: str | None, as_json: bool) -> int:
+@click.option("--units", is_flag=True, help="What the adapter's hidden units read and write, a sentence each.")
+def show(latent: int | None, db: Path, run_id: str | None, as_json: bool, units: bool) -> int:
     """The labelled latents as a table; with LATENT, that one with its contexts."""
     from autointerp import show as render
     from autointerp.store import Store
@@ -154,7 +153,11 @@ def show(latent: int | None, db: Path, run_id: str | None, as_json: bool) -> int
 
     with Store.open(db, "read") as store:
         wanted = store.run_id(run_id)
-        if as_json:
+        if units:
+            from autointerp import show_units
+
+            show_units.table(store, wanted)
+        elif as_json:
             found = [item for item in latent_objects(store, wanted) if latent in (None, item["latent"])]
             if latent is not None and not found:
                 raise InputError(f"run {wanted} selected no latent {latent}: `autointerp show` lists those it did")
@@ -210,12 +213,14 @@ Next:
 """
 
 
-def _job(options: dict[str, Any]) -> Job:
+def _job(options: dict[str, Any], select_only: bool = False) -> Job:
     from autointerp.pipeline import Job
-    from autointerp.run import Run
+    from autointerp.run import WEIGHTS_ONLY, Run
 
     flags: dict[str, Any] = {key: options.get(key) for key in _RUN_KEYS}
-    run = Run.load(options["path"], selector=options["selector"] or None, **flags)
+    selectors = options["selector"] or None
+    by_weights = select_only and selectors is not None and set(selectors) <= set(WEIGHTS_ONLY)
+    run = Run.load(options["path"], need=() if by_weights else ("base", "corpus"), selector=selectors, **flags)
     labeling = {
         "max_usd": options.get("max_usd"),
         "rpm": options.get("rpm"),
@@ -231,6 +236,7 @@ def _job(options: dict[str, Any]) -> Job:
         labeler=options.get("labeler") or "lexical",
         scorers=tuple(options.get("scorer") or ()),
         labeling={key: value for key, value in labeling.items() if value is not None},
+        select_only=select_only,
     )
 
 

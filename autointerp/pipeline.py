@@ -11,21 +11,22 @@ import contextlib
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from autointerp.errors import BudgetError, InputError, ProviderError
 from autointerp.labeling.base import LabelingSettings, check_labeler, make_labeler, make_scorer, split_spec
 from autointerp.labeling.work import FINISHED, Work, needing_calls, scored, usable
 from autointerp.progress import Reporter
-from autointerp.records import LatentEvidence
+from autointerp.records import LatentEvidence, Write
 from autointerp.results import Results
-from autointerp.run import Run
+from autointerp.run import WEIGHTS_ONLY, Run
 from autointerp.stopping import Stop, StoppedByUser, on_interrupt
 from autointerp.store import Store
 
 if TYPE_CHECKING:
     from autointerp.evidence.gather import Evidence
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.weights_evidence import WeightsEvidence
 
 DEFAULT_DB = "results/autointerp.duckdb"
 CHECKS = ("causal", "causal_latents", "transfer", "ngrams")
@@ -70,7 +71,7 @@ async def alabel(
     stop = stop or Stop()
     with on_interrupt(stop):
         stands = _stage(job)
-        evidence = None if stands in ("collect", "label") else await load_evidence(job, pair, tokenizer)
+        evidence = None if stands in ("collect", "label") else await _load(job, pair, tokenizer)
         with contextlib.ExitStack() as held:
             if evidence is not None:
                 held.enter_context(evidence)
@@ -147,6 +148,14 @@ def _stage(job: Job) -> str | None:
     return "collect" if stage == "select" and job.select_only else stage
 
 
+async def _load(job: Job, pair: ModelPair | None, tokenizer: Any) -> Evidence | WeightsEvidence:
+    if job.select_only and set(job.run.settings.selector) <= set(WEIGHTS_ONLY):
+        from autointerp.evidence.weights_evidence import WeightsEvidence
+
+        return await asyncio.to_thread(WeightsEvidence.load, job.run)
+    return await load_evidence(job, pair, tokenizer)
+
+
 async def load_evidence(job: Job, pair: ModelPair | None = None, tokenizer: Any = None) -> Evidence:
     """The run's models, dictionary and corpus, checked. InputError in one line."""
     from autointerp.evidence.gather import Evidence
@@ -154,7 +163,9 @@ async def load_evidence(job: Job, pair: ModelPair | None = None, tokenizer: Any 
     return await asyncio.to_thread(Evidence.load, job.run, pair=pair, tokenizer=tokenizer)
 
 
-async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, reporter: Reporter) -> str:
+async def _work(
+    job: Job, evidence: Evidence | WeightsEvidence | None, store: Store, stop: Stop, reporter: Reporter
+) -> str:
     """Evidence, labels, scores; the status that the run ends with."""
     run_id = job.run.run_id
     try:
@@ -162,8 +173,12 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
             await select_and_store(job, evidence, store, stop, reporter)
         if job.select_only:
             return "done"
+        contexts = None
+        contexts = None
         if evidence is not None:
-            await _store_known(run_id, evidence, store)
+            contextual = cast("Evidence", evidence)  # weights alone serve selection alone
+            await _store_known(run_id, contextual, store)
+            contexts = contextual.contexts()
         settings = job.settings(run_id)
         labeler = make_labeler(job.labeler, settings, store)
         engine = getattr(labeler, "engine", None)
@@ -172,7 +187,7 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
         try:
             if engine is not None:
                 stop.on_ask.append(engine.stopping.set)
-            await work.label(evidence.contexts() if evidence is not None else None)
+            await work.label(contexts)
             await work.score()
         finally:
             if engine is not None:
@@ -194,8 +209,27 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
     return status
 
 
-async def select_and_store(job: Job, evidence: Evidence, store: Store, stop: Stop, reporter: Reporter) -> None:
+async def select_and_store(
+    job: Job, evidence: Evidence | WeightsEvidence, store: Store, stop: Stop, reporter: Reporter
+) -> None:
     """Measures, selects and stores both; nothing is written before the selection stands."""
+    selection, writes = await asyncio.to_thread(_selection, evidence, stop, reporter)
+    units = await asyncio.to_thread(evidence.units)
+    run_id = job.run.run_id
+    for table in ("latents", "writes", "contexts", "predictions", *CHECKS):
+        store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
+    store.write_latents(run_id, selection.columns)
+    store.write_writes(run_id, writes)
+    store.write_units(run_id, units)
+    store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select", "checks": []}])
+    await store.aflush()
+
+
+def _selection(evidence: Evidence | WeightsEvidence, stop: Stop, reporter: Reporter) -> tuple[Any, list[Write]]:
+    from autointerp.evidence.gather import Evidence
+
+    if not isinstance(evidence, Evidence):
+        return evidence.select()
     reporter.start("tokens", None)
 
     def progress(n: int) -> None:
@@ -203,15 +237,9 @@ async def select_and_store(job: Job, evidence: Evidence, store: Store, stop: Sto
         reporter.expect("tokens", evidence.corpus.expected_tokens())
         reporter.advance("tokens", n)
 
-    selection, writes = await asyncio.to_thread(evidence.select, progress)
+    found = evidence.select(progress)
     reporter.finish("tokens")
-    run_id = job.run.run_id
-    for table in ("latents", "writes", "contexts", "predictions", *CHECKS):
-        store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
-    store.write_latents(run_id, selection.columns)
-    store.write_writes(run_id, writes)
-    store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select", "checks": []}])
-    await store.aflush()
+    return found
 
 
 async def _store_known(run_id: str, evidence: Evidence, store: Store) -> None:
@@ -221,10 +249,10 @@ async def _store_known(run_id: str, evidence: Evidence, store: Store) -> None:
     await store.aflush()
 
 
-def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
+def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
     from autointerp.evidence.gather import library_versions
 
-    run, dictionary = job.run, evidence.dictionary
+    run = job.run
     settings = {name: getattr(run.settings, name) for name in ("top", "selector", "fdr", "seed", "dtype")}
     shape = {name: getattr(run, name) for name in ("text_column", "context_length", "max_tokens")}
     return {
@@ -235,10 +263,8 @@ def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
             name: getattr(run, name)
             for name in ("base", "adapter", "adapter_format", "adapter_sha256", "sae", "corpus")
         },
-        "sae_format": dictionary.format,
         "hook": run.hook,
-        "d_model": dictionary.d_in,
-        "d_sae": dictionary.d_sae,
+        **evidence.shape,
         "selector": run.settings.selector[0],
         "seed": run.settings.seed,
         "settings": settings | shape,

@@ -14,6 +14,7 @@ Role = Literal["read", "written", "static"]
 ContextKind = Literal["top", "top_base", "gain", "loss", "quantile", "silent"]
 Split = Literal["explain", "score"]
 WriteKind = Literal["raises", "lowers", "promotes", "suppresses"]
+UnitSide = Literal["reads", "writes"]
 LabelStatus = Literal["ok", "known", "refused", "failed"]
 CallStatus = Literal["sent", "ok", "error", "refused", "in_doubt"]
 
@@ -61,6 +62,22 @@ class Write:
     """1 is the strongest of its kind."""
     target_hint: str | None = None
     """raises/lowers: tokens that the target's decoder row promotes, for a reader to whom its number says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One latent that a hidden unit of the adapter reads or writes."""
+
+    unit: int
+    name: str
+    """For people: the module it belongs to and its number there."""
+    side: UnitSide
+    latent: int
+    weight: float
+    """Signed. reads: the unit's answer to a unit of the latent's activation; writes: the latent's part in what it
+    writes."""
+    rank: int
+    """1 is the strongest of its side."""
 
 
 @dataclass(frozen=True, slots=True)

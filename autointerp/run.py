@@ -23,6 +23,9 @@ KEYS = ("base", "adapter", "sae", "hook", "corpus", "text_column", "context_leng
 """The keys of run.yaml; each is also a flag."""
 PATHS = ("base", "adapter", "sae", "corpus")
 
+WEIGHTS_ONLY = ("weights",)
+"""Selectors that need neither corpus nor model when nothing but the selection is wanted."""
+
 _HUB_IDS = {
     "base": re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$"),
     "adapter": re.compile(r"^[\w-][\w.-]*/[\w.-]+$"),

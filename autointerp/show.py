@@ -51,7 +51,15 @@ def table(store: Store, run_id: str | None = None, console: Console | None = Non
 
 
 def _why_none(store: Store, run_id: str) -> str:
-    (run,) = store.read("SELECT n_tokens, n_docs, delta_fvu FROM runs WHERE run_id = ?", [run_id])
+    (run,) = store.read("SELECT n_tokens, n_docs, n_pass, delta_fvu, notes FROM runs WHERE run_id = ?", [run_id])
+    if run["n_tokens"] is None and run["notes"]:  # by weights alone
+        changed = store.read("SELECT 1 FROM latents WHERE run_id = ? AND change IS NOT NULL LIMIT 1", [run_id])
+        return (
+            "none stands out from what a random direction gets by the weights alone; --selector change reads the change"
+            " off a corpus, --fdr allows more false discoveries"
+            if changed
+            else "the adapter changes nothing: all its weight changes are zero"
+        )
     if run["n_tokens"] and run["delta_fvu"] is None:  # relative to the change: there is none
         return "the adapter changes nothing at this hook"
     if (run["n_docs"] or 0) < FEW_DOCUMENTS:
@@ -137,6 +145,7 @@ def header(store: Store, run_id: str) -> Panel:
                 _with("ΔFVU ", run["delta_fvu"], form="{:.2f}"),
             ],
         ),
+        ("weights", [_text(run["notes"])]),
     ]
     for name, parts in lines:
         text = " · ".join(part for part in parts if part)
@@ -185,6 +194,7 @@ def _label_text(row: dict[str, Any]) -> Text:
 
 
 def _statistics(evidence: LatentEvidence) -> RenderableType:
+    measured = evidence.freq_base == evidence.freq_base  # NaN where no corpus was read
     grid = Table.grid(padding=(0, 3))
     for _ in range(4):
         grid.add_column(justify="left", no_wrap=True)
@@ -196,9 +206,10 @@ def _statistics(evidence: LatentEvidence) -> RenderableType:
     change = [
         _with("change ", evidence.change, form="{:.4f}"),
         _with("gain ", evidence.gain, form="{:+.1%}"),
-        evidence.state,
+        evidence.state if measured else "nothing is known of where it fires: no corpus was read",
     ]
-    return Group(Text(" · ".join(part for part in change if part)), grid)
+    line = Text(" · ".join(part for part in change if part))
+    return Group(line, grid) if measured else line
 
 
 def _label(row: dict[str, Any], scores: Iterable[dict[str, Any]]) -> RenderableType:

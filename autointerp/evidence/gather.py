@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from autointerp.evidence.adapters import ADAPTERS
 from autointerp.evidence.collector import collect
 from autointerp.evidence.corpus import Corpus, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
+from autointerp.evidence.directions import InMemory
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
@@ -30,9 +32,10 @@ from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import SELECTORS, Selection, select
 from autointerp.evidence.spool import Spool, open_scratch
 from autointerp.evidence.stream import Measured, Progress, measure
+from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.token_text import token_texts
-from autointerp.records import Context, Ngrams, Prediction, Write
-from autointerp.run import Run
+from autointerp.records import Context, Ngrams, Prediction, Unit, Write
+from autointerp.run import WEIGHTS_ONLY, Run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +62,12 @@ class Evidence:
         """Replicas of the model that run at once; the one alone where it is a user's own, in memory."""
         return [self.model] if self.in_memory else replicas(self.model)
 
+    @property
+    def shape(self) -> dict[str, str | int]:
+        """Columns of `runs` that say what the dictionary is."""
+        dictionary = self.dictionary
+        return {"sae_format": dictionary.format, "d_model": dictionary.d_in, "d_sae": dictionary.d_sae}
+
     @classmethod
     def load(
         cls, run: Run, *, pair: ModelPair | None = None, tokenizer: PreTrainedTokenizerBase | None = None
@@ -83,6 +92,9 @@ class Evidence:
         check_fits(dictionary, model.d_model, run.sae)
         check_context_length(run.context_length, model.max_positions)
         model.check_sees_adapter()
+        if set(run.settings.selector) & set(WEIGHTS_ONLY):
+            found = ADAPTERS.get(run.adapter_format)
+            found.weight_changes(run.adapter, BaseWeights.at(run.base))  # says at once where weights do not say
         corpus = Corpus(
             documents, model.tokenizer, run.context_length, dictionary.prepend_bos, run.max_tokens, run.settings.seed
         )
@@ -94,7 +106,8 @@ class Evidence:
         settings = self.run.settings
         measured = self._measure(progress)
         fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
-        selection = select(measured, fitted, settings.selector[0], settings.top, settings.fdr, settings.seed)
+        choice = (settings.selector[0], settings.top, settings.fdr, settings.seed)
+        selection = select(measured, fitted, *choice, self.run, self.dictionary)
         writes = read_rows(fitted, selection.latents, self.model, self.dictionary, measured.spool, self.decode)
         self._spool, self._selection = measured.spool, selection
         return selection, writes
@@ -132,6 +145,12 @@ class Evidence:
         assert self._selection is not None
         states = self._selection.columns["state"]
         return {latent for latent in self._selection.latents if states[latent] == "revived"}
+
+    def units(self) -> list[Unit]:
+        """The adapter's components, where it is of low rank, by the latents they read or write."""
+        from autointerp.evidence.weights_evidence import units_of
+
+        return units_of(self.run, InMemory(self.dictionary))
 
     async def contexts(self) -> AsyncIterator[tuple[int, list[Context], list[Prediction]]]:
         """(latent, contexts, predictions) of the selected latents in rank order, each as soon as it stands."""

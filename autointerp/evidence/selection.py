@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -12,6 +12,10 @@ from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.stream import Measured
 from autointerp.records import Role
 from autointerp.registry import Registry
+
+if TYPE_CHECKING:
+    from autointerp.evidence.dictionaries.base import Dictionary
+    from autointerp.run import Run
 
 UNITS = ("mean_base", "mean_adapted", "freq_base", "freq_adapted", "max_base", "max_adapted", "delta")
 
@@ -29,6 +33,8 @@ class Ranking:
     """Further columns of `latents`, each [m]."""
     n_pass: int | None = None
     """Latents that passed the selector's test; None where it has none."""
+    note: str | None = None
+    """What the selector has to say of its own reading, for people."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,9 @@ class Question:
     top: int
     fdr: float
     seed: int
+    run: Run | None = None
+    dictionary: Dictionary | None = None
+    """For selectors that read the adapter's files: what `fitted` was made with."""
 
 
 class Selector(Protocol):
@@ -58,7 +67,7 @@ class Selection:
     roles: list[Role]
     columns: dict[str, np.ndarray]
     """Columns of the store's `latents`, each [m]."""
-    figures: dict[str, float | int | None]
+    figures: dict[str, float | int | str | None]
     """Columns of the store's `runs`."""
     fitted: FittedMap
 
@@ -72,11 +81,20 @@ def state_of(fired_base: np.ndarray, fired_adapted: np.ndarray) -> np.ndarray:
     )
 
 
-def select(measured: Measured, fitted: FittedMap, selector: str, top: int, fdr: float, seed: int) -> Selection:
+def select(
+    measured: Measured,
+    fitted: FittedMap,
+    selector: str,
+    top: int,
+    fdr: float,
+    seed: int,
+    run: Run | None = None,
+    dictionary: Dictionary | None = None,
+) -> Selection:
     """Asks the selector and lays its answer beside what the change map says of every latent."""
     if not 0 < fdr < 1:
         raise InputError(f"--fdr {fdr}: give a rate between 0 and 1, e.g. 0.05")
-    ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed))
+    ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed, run, dictionary))
     curve = fitted.coverage(ranking.latents)
     return Selection(
         latents=ranking.latents,
@@ -124,7 +142,7 @@ def _restrict(columns: dict[str, np.ndarray], fitted: FittedMap, latents: list[i
 
 def _figures(
     measured: Measured, fitted: FittedMap, ranking: Ranking, curve: list[float], seed: int
-) -> dict[str, float | int | None]:
+) -> dict[str, float | int | str | None]:
     statistics, stream = measured.statistics, measured.statistics.stream
     n = statistics.n_tokens
     fvu_base, fvu_adapted = stream.fvu(n)
@@ -143,4 +161,5 @@ def _figures(
         "random_coverage": fitted.random_coverage(len(ranking.latents), seed),
         "n_pass": ranking.n_pass,
         "left_out": measured.left_out,
+        "notes": ranking.note,
     }

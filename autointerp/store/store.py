@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from autointerp.errors import InputError
-from autointerp.records import Context, Label, LatentEvidence, Ngrams, Prediction, Score, Write
+from autointerp.records import Context, Label, LatentEvidence, Ngrams, Prediction, Score, Unit, Write
 from autointerp.store import files, schema
 from autointerp.store.rows import latents_table, to_arrow
 from autointerp.store.writer import Statement, Step, Upsert, Writer
@@ -143,6 +143,11 @@ class Store:
         delete = Statement("DELETE FROM writes WHERE run_id = ? AND list_contains(?, latent)", [run_id, replaced])
         return self._submit(delete, *self._upserts("writes", rows))
 
+    def write_units(self, run_id: str, units: Iterable[Unit]) -> Future[None]:
+        """Replace the units of a run."""
+        rows = [_row(run_id, unit, _UNIT_COLUMNS) for unit in units]
+        return self._submit(Statement("DELETE FROM units WHERE run_id = ?", [run_id]), *self._upserts("units", rows))
+
     def write_contexts(
         self, run_id: str, latent: int, contexts: Iterable[Context], predictions: Iterable[Prediction] = ()
     ) -> Future[None]:
@@ -260,6 +265,7 @@ class Store:
 
 _MEASURED = ("mean_base", "mean_adapted", "freq_base", "freq_adapted", "max_base", "max_adapted")
 _CONTEXT_COLUMNS = tuple(Context.__dataclass_fields__)
+_UNIT_COLUMNS = tuple(Unit.__dataclass_fields__)
 _WRITE_COLUMNS = tuple(Write.__dataclass_fields__)
 _PREDICTION_COLUMNS = tuple(Prediction.__dataclass_fields__)
 _LABEL_COLUMNS = tuple(Label.__dataclass_fields__)

@@ -91,7 +91,7 @@ def test_r2_by_hand(text: Text, found: dict[int, Ngrams]) -> None:
     def mean(t: list[tuple[int, ...]]) -> list[float]:
         values, shorter = [], 0.0
         for n, gram in enumerate(t):
-            total, count = totals[n][gram] if gram in totals[n] else (0.0, 0.0)
+            total, count = totals[n].get(gram, (0.0, 0.0))
             shorter = (total + PRIOR * shorter) / (count + PRIOR) if count else shorter
             values.append(shorter)
         return values

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.tensor_files import BaseWeights
+    from autointerp.evidence.weight_change import WeightChanges
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.model")
@@ -48,6 +50,16 @@ class AdapterFormat(ABC):
     @abstractmethod
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
         """Base and adapted model; InputError, in one line, where they do not fit each other."""
+
+    def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
+        """What the files alone say of the changed weight matrices; `base` is None where the base is not here.
+
+        InputError, in one line, where files of this format do not say it.
+        """
+        raise InputError(
+            f"adapter {spec}: what a {self.name} adapter does is not in weight matrices of the model;"
+            " use --selector change, which runs the models over a corpus"
+        )
 
     def sha256(self, spec: str | Path) -> str:
         """Over the names and bytes of `files`: the same wherever the folder lies."""

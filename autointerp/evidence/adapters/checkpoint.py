@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.tensor_files import BaseWeights
+    from autointerp.evidence.weight_change import WeightChanges
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -72,6 +74,12 @@ class CheckpointFormat(AdapterFormat):
         ours = load_causal_lm(base, dtype=dtype, device=device)
         theirs = load_causal_lm(folder, dtype=dtype, device=device, option="adapter")
         return TwoModels(ours, theirs, f"adapter {folder}")
+
+    def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
+        from autointerp.evidence.checkpoint_weights import checkpoint_changes
+
+        folder = local_folder(spec)
+        return checkpoint_changes(folder, _weights(folder), base)
 
 
 def _weights(folder: Path) -> list[Path]:

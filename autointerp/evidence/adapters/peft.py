@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.tensor_files import BaseWeights
+    from autointerp.evidence.weight_change import WeightChanges
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -71,6 +73,13 @@ class PeftFormat(AdapterFormat):
         # Switched off, such an adapter leaves weights that are not the base's; merged, it is a checkpoint like any.
         merged = peft.merge_and_unload()
         return TwoModels(load_causal_lm(base, dtype=dtype, device=device), merged, f"adapter {folder}")
+
+    def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
+        from autointerp.evidence.lora_weights import lora_changes
+        from autointerp.evidence.weight_files import read_json
+
+        folder = local_folder(spec)
+        return lora_changes(folder, read_json(folder / CONFIG, "adapter"), folder / str(_weights(folder)), base)
 
 
 def _weights(folder: Path) -> str | None:

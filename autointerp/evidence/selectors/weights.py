@@ -1,0 +1,20 @@
+"""`weights`: the latents that the adapter's weights write or read most, beyond what a random direction gets. Needs no
+corpus and no model; asked beside a corpus, the change map measures how much of the change its latents carry."""
+
+from __future__ import annotations
+
+from autointerp.evidence.directions import InMemory
+from autointerp.evidence.selection import SELECTORS, Question, Ranking
+from autointerp.evidence.weights_evidence import rank
+from autointerp.evidence.weights_only import read_weights, score
+
+
+@SELECTORS.register("weights")
+def weights(question: Question) -> Ranking:
+    """By the adapter's files; InputError, in one line, where its weights do not say."""
+    if question.run is None or question.dictionary is None:
+        raise ValueError("the weights selector reads the run's adapter and dictionary")
+    directions = InMemory(question.dictionary)
+    change, streamer = read_weights(question.run, directions)
+    scores = score(change, directions, streamer.wiring.layer_norm)
+    return rank(scores, change, question.top, question.fdr)
