@@ -46,7 +46,11 @@ _RUN = _options(
     click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
     click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
     click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]"),
-    click.option("--selector", multiple=True, help="change, mean-shift, random.  [default: change]"),
+    click.option(
+        "--selector", multiple=True, help="By name; several are compared, the first ranks.  [default: change]"
+    ),
+    click.option("--outcome-column", help="Column of numbers, one a document, for --selector outcome."),
+    click.option("--sae-adapted", help="The SAE fine-tuned on the adapted model, for --selector rotation."),
     click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),
     click.option("--device", help="cpu, cuda, …  [default: a GPU where there is one]"),
     click.option("--dtype", help="float32, bfloat16, float16.  [default: float32]"),
@@ -70,7 +74,7 @@ _LABELING = _options(
 )
 _RUN_KEYS = (
     "base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
-    "dtype", "seed", "scratch",
+    "dtype", "seed", "scratch", "outcome_column", "sae_adapted",
 )  # fmt: skip
 
 

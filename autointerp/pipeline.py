@@ -209,7 +209,8 @@ def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:
     from autointerp.evidence.gather import library_versions
 
     run, dictionary = job.run, evidence.dictionary
-    settings = {name: getattr(run.settings, name) for name in ("top", "selector", "fdr", "seed", "dtype")}
+    kept = ("top", "selector", "fdr", "seed", "dtype", "outcome_column", "sae_adapted")
+    settings = {name: value for name in kept if (value := getattr(run.settings, name)) is not None}
     shape = {name: getattr(run, name) for name in ("text_column", "context_length", "max_tokens")}
     return {
         "run_id": run.run_id,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from autointerp.errors import InputError
+from autointerp.evidence.extras import Extra
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.stream import Measured
 from autointerp.records import Role
@@ -32,6 +35,16 @@ class Ranking:
 
 
 @dataclass(frozen=True)
+class Given:
+    """What some selectors need beyond the statistics; None where none of the run's does."""
+
+    adapted_W_dec: Tensor | None = None
+    """Decoder rows of a dictionary fine-tuned on the adapted model [m, d]."""
+    outcome: np.ndarray | None = None
+    """A number for each document by its place in the shuffled corpus, NaN where it has none."""
+
+
+@dataclass(frozen=True)
 class Question:
     """What a selector is asked."""
 
@@ -39,6 +52,7 @@ class Question:
     top: int
     fdr: float
     seed: int
+    given: Given = Given()
 
 
 class Selector(Protocol):
@@ -48,6 +62,30 @@ class Selector(Protocol):
 
 
 SELECTORS: Registry[Selector] = Registry("selector", "autointerp.evidence.selectors")
+S = TypeVar("S", bound=Callable[..., Ranking])
+Need = type[Extra] | Literal["adapted dictionary", "outcome"]
+"""Further sums over the corpus, by their class, or a thing of `Given`."""
+
+
+def needs(*what: Need) -> Callable[[S], S]:
+    """Decorator of a selector: what it wants of the question beyond the statistics that every run keeps."""
+
+    def declare(selector: S) -> S:
+        selector.needs = what  # pyright: ignore[reportFunctionMemberAccess]
+        return selector
+
+    return declare
+
+
+def needs_of(selectors: Iterable[str]) -> list[Need]:
+    """What the named selectors need, each thing once; InputError for a name that does not exist."""
+    return list(dict.fromkeys(need for name in selectors for need in getattr(SELECTORS.get(name), "needs", ())))
+
+
+def largest(change: np.ndarray, k: int) -> list[int]:
+    """The k latents of largest positive `change` [m], largest first."""
+    order = np.argsort(-np.nan_to_num(change), kind="stable")[:k]
+    return [int(latent) for latent in order if change[latent] > 0]
 
 
 @dataclass(frozen=True)
@@ -72,11 +110,13 @@ def state_of(fired_base: np.ndarray, fired_adapted: np.ndarray) -> np.ndarray:
     )
 
 
-def select(measured: Measured, fitted: FittedMap, selector: str, top: int, fdr: float, seed: int) -> Selection:
+def select(
+    measured: Measured, fitted: FittedMap, selector: str, top: int, fdr: float, seed: int, given: Given | None = None
+) -> Selection:
     """Asks the selector and lays its answer beside what the change map says of every latent."""
     if not 0 < fdr < 1:
         raise InputError(f"--fdr {fdr}: give a rate between 0 and 1, e.g. 0.05")
-    ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed))
+    ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed, given or Given()))
     curve = fitted.coverage(ranking.latents)
     return Selection(
         latents=ranking.latents,

@@ -1,0 +1,76 @@
+"""Selectors by name on the command line: what they need, what they store, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file, save_file
+
+from .world import Shell, World, read, refused
+
+
+def chosen(db: Path) -> list[dict[str, Any]]:
+    return read(db, "SELECT latent, change, statistic FROM latents WHERE selected ORDER BY rank")
+
+
+@pytest.mark.parametrize("name", ["frequency", "latent-scaling"])
+def test_selectors_that_need_nothing_more(name: str, world: World, tmp_path: Path, shell: Shell) -> None:
+    db = tmp_path / "x.duckdb"
+    assert shell(*world.args("select", db=db, selector=name, quiet=True)).status == 0
+    found = chosen(db)
+    assert len(found) == 4
+    assert [row["change"] for row in found] == sorted((row["change"] for row in found), reverse=True)
+    assert read(db, "SELECT selector FROM runs") == [{"selector": name}]
+
+
+def test_rotation_wants_the_adapted_dictionary(world: World, tmp_path: Path, shell: Shell) -> None:
+    db, turned = tmp_path / "x.duckdb", tmp_path / "turned"
+    shutil.copytree(world.sae, turned)
+    weights = load_file(turned / "sae_weights.safetensors")
+    fires = read(world.db, "SELECT latent FROM latents WHERE state = 'live' ORDER BY freq_base DESC LIMIT 1")
+    weights["W_dec"][fires[0]["latent"]] *= -1
+    save_file(weights, turned / "sae_weights.safetensors")
+    args = world.args("select", db=db, selector="rotation", quiet=True)
+    refused(shell(*args), "selector rotation needs one more thing: give --sae-adapted")
+    assert shell(*args, "--sae-adapted", turned, "--top", "1").status == 0
+    assert chosen(db) == [{"latent": fires[0]["latent"], "change": pytest.approx(2), "statistic": pytest.approx(-1)}]
+    refused(shell(*world.args("select", sae_adapted=turned)), "--sae-adapted is read by no selector of change")
+    refused(shell(*args, "--sae-adapted", tmp_path / "none"), "sae-adapted .*none: no such file or folder")
+
+
+def test_outcome_reads_a_column_of_the_corpus(world: World, tmp_path: Path, shell: Shell) -> None:
+    copied = world.copy(tmp_path / "w")
+    records = [json.loads(line) for line in copied.corpus.read_text().splitlines()]
+    for at, record in enumerate(records):
+        record |= {"grade": record["text"].count("dog") - record["text"].count("cat"), "same": 1, "word": "a"}
+        if at == 7:
+            del record["grade"]
+    copied.corpus.write_text("".join(json.dumps(record) + "\n" for record in records))
+    parquet = tmp_path / "w.parquet"
+    pq.write_table(pa.table({key: [r.get(key) for r in records] for key in ("text", "grade", "same")}), parquet)
+    args = copied.args("select", db=tmp_path / "x.duckdb", selector="outcome", quiet=True)
+    refused(shell(*args), "selector outcome needs one more thing: give --outcome-column")
+    for column, wanted in (
+        ("no", "no column 'no'; give --outcome-column one of text, grade, same, word"),
+        ("same", "column 'same' is the same in every document"),
+        ("word", "column 'word' holds 'a': give --outcome-column a column of numbers"),
+    ):
+        refused(shell(*args, "--outcome-column", column), wanted)
+    assert shell(*args, "--outcome-column", "grade").status == 0
+    found = chosen(tmp_path / "x.duckdb")
+    assert found
+    assert all(0 < row["change"] == abs(row["statistic"]) <= 1 for row in found)
+    args = copied.args("select", db=tmp_path / "y.duckdb", selector="outcome", corpus=parquet, quiet=True)
+    assert shell(*args, "--outcome-column", "grade").status == 0
+    assert chosen(tmp_path / "y.duckdb") == found, "the same documents in another file"
+    refused(shell(*args, "--outcome-column", "no"), "give --outcome-column one of text, grade, same")
+    text = copied.corpus.with_suffix(".txt")
+    text.write_text(" ".join(record["text"] for record in records))
+    args = copied.args("select", selector="outcome", corpus=text, outcome_column="grade")
+    refused(shell(*args), "no other columns can be read here; --outcome-column needs .jsonl")
