@@ -46,9 +46,7 @@ _RUN = _options(
     click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
     click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
     click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]"),
-    click.option(
-        "--selector", multiple=True, help="Of several, the first ranks.  [default: change]"
-    ),
+    click.option("--selector", multiple=True, help="Of several, the first ranks.  [default: change]"),
     click.option("--outcome-column", help="Column of numbers, one a document, for --selector outcome."),
     click.option("--sae-adapted", help="The SAE fine-tuned on the adapted model, for --selector rotation."),
     click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),

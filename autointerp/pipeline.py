@@ -26,6 +26,7 @@ from autointerp.store import Store
 if TYPE_CHECKING:
     from autointerp.evidence.gather import Evidence
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.selection import Selection
 
 DEFAULT_DB = "results/autointerp.duckdb"
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
@@ -197,12 +198,23 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
     selection, writes = await asyncio.to_thread(evidence.select, progress)
     reporter.finish("tokens")
     run_id = job.run.run_id
-    for table in ("latents", "writes", "contexts", "predictions"):
+    for table in ("latents", "writes", "contexts", "predictions", "selectors", "selector_ranks"):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
+    _store_selectors(run_id, selection, store)
     store.write_writes(run_id, writes)
     store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select"}])
     await store.aflush()
+
+
+def _store_selectors(run_id: str, selection: Selection, store: Store) -> None:
+    """How the selectors agree; where there are several, also what each says of every latent."""
+    from autointerp.evidence.agreement import agreement, rank_columns
+
+    store.upsert("selectors", [{"run_id": run_id, **row} for row in agreement(selection.rankings, selection.fitted)])
+    if len(selection.rankings) > 1:
+        for name, columns in rank_columns(selection.rankings).items():
+            store.write_selector_ranks(run_id, name, columns)
 
 
 def _run_row(job: Job, evidence: Evidence) -> dict[str, Any]:

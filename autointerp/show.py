@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -133,12 +134,31 @@ def header(store: Store, run_id: str) -> Panel:
             ],
         ),
     ]
-    for name, parts in lines:
+    for name, parts in (*lines, *_selectors(store, run_id)):
         text = " · ".join(part for part in parts if part)
         if text:
             grid.add_row(name, Text(text))
     title = " · ".join(visible(part) for part in ("run " + run_id, run["selector"], run["status"]) if part)
     return Panel(grid, title=Text(title), title_align="left", border_style="dim")
+
+
+def _selectors(store: Store, run_id: str) -> list[tuple[str, list[str | None]]]:
+    """A line for each further selector, on how far it agrees with the first; and one for what a selector says besides."""
+    rows = store.read("SELECT * FROM selectors WHERE run_id = ? ORDER BY position", [run_id])
+    lines: list[tuple[str, list[str | None]]] = []
+    for row in rows:
+        if row["position"] > 1:
+            parts = [
+                _with("agrees at ρ ", row["spearman"], form="{:+.2f}"),
+                _with("shares ", row["overlap"], f" with {rows[0]['selector']}", "{:.0%}"),
+                _with(f"{row['n_selected']} latents cover ", row["coverage"], form="{:.1%}"),
+            ]
+            lines.append((visible(row["selector"]), parts))
+        figures = {key: value for key, value in json.loads(row["figures"] or "{}").items() if value is not None}
+        if figures:
+            said = [f"{visible(key.replace('_', ' '))} {value:.3g}" for key, value in figures.items()]
+            lines.append((visible(row["selector"]), list(said)))
+    return lines
 
 
 def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:

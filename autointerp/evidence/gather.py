@@ -22,6 +22,7 @@ from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.documents import DocumentSource
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.gradients import measure_gradients
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
 from autointerp.evidence.outcomes import by_order, read_outcomes
@@ -121,7 +122,12 @@ class Evidence:
         given = self._given
         if given.outcome is not None:
             given = replace(given, outcome=by_order(given.outcome, (spool.place(s)[:2] for s in range(len(spool)))))
-        selection = select(measured, fitted, settings.selector[0], settings.top, settings.fdr, settings.seed, given)
+        if "gradients" in needs_of(settings.selector):
+            tracked = measured.statistics.tracked
+            sums = measure_gradients(self.models, self.dictionary, spool, self.corpus.bos, tracked)
+            given = replace(given, gradients=sums)
+        first, *others = settings.selector
+        selection = select(measured, fitted, first, settings.top, settings.fdr, settings.seed, given, others)
         writes = read_rows(fitted, selection.latents, self.model, self.dictionary, spool, self.decode)
         self._spool, self._selection = spool, selection
         return selection, writes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from autointerp.errors import InputError
 from autointerp.evidence.extras import Extra
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.gradients import GradientSums
 from autointerp.evidence.stream import Measured
 from autointerp.records import Role
 from autointerp.registry import Registry
@@ -32,6 +33,8 @@ class Ranking:
     """Further columns of `latents`, each [m]."""
     n_pass: int | None = None
     """Latents that passed the selector's test; None where it has none."""
+    figures: dict[str, float | None] = field(default_factory=dict)
+    """What else the selector says of the run."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Given:
     """Decoder rows of a dictionary fine-tuned on the adapted model [m, d]."""
     outcome: np.ndarray | None = None
     """A number for each document by its place in the shuffled corpus, NaN where it has none."""
+    gradients: GradientSums | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Selector(Protocol):
 
 SELECTORS: Registry[Selector] = Registry("selector", "autointerp.evidence.selectors")
 S = TypeVar("S", bound=Callable[..., Ranking])
-Need = type[Extra] | Literal["adapted dictionary", "outcome"]
+Need = type[Extra] | Literal["adapted dictionary", "outcome", "gradients"]
 """Further sums over the corpus, by their class, or a thing of `Given`."""
 
 
@@ -99,6 +103,8 @@ class Selection:
     figures: dict[str, float | int | None]
     """Columns of the store's `runs`."""
     fitted: FittedMap
+    rankings: dict[str, Ranking]
+    """What each selector that was asked says, the one that ranks first."""
 
 
 def state_of(fired_base: np.ndarray, fired_adapted: np.ndarray) -> np.ndarray:
@@ -111,20 +117,39 @@ def state_of(fired_base: np.ndarray, fired_adapted: np.ndarray) -> np.ndarray:
 
 
 def select(
-    measured: Measured, fitted: FittedMap, selector: str, top: int, fdr: float, seed: int, given: Given | None = None
+    measured: Measured,
+    fitted: FittedMap,
+    selector: str,
+    top: int,
+    fdr: float,
+    seed: int,
+    given: Given | None = None,
+    others: Sequence[str] = (),
 ) -> Selection:
-    """Asks the selector and lays its answer beside what the change map says of every latent."""
+    """Asks the selector and lays its answer beside what the change map says of every latent.
+
+    `others` are asked the same question for comparison; what columns they alone compute are taken over.
+    """
     if not 0 < fdr < 1:
         raise InputError(f"--fdr {fdr}: give a rate between 0 and 1, e.g. 0.05")
-    ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed, given or Given()))
+    question = Question(fitted, top, fdr, seed, given or Given())
+    rankings = {name: SELECTORS.get(name)(question) for name in dict.fromkeys((selector, *others))}
+    ranking = rankings[selector]
     curve = fitted.coverage(ranking.latents)
     return Selection(
         latents=ranking.latents,
         roles=ranking.roles,
-        columns=_columns(measured, fitted, ranking, curve),
+        columns=_foreign(rankings) | _columns(measured, fitted, ranking, curve),
         figures=_figures(measured, fitted, ranking, curve, seed),
         fitted=fitted,
+        rankings=rankings,
     )
+
+
+def _foreign(rankings: Mapping[str, Ranking]) -> dict[str, np.ndarray]:
+    """Columns of `latents` that mean the same whichever selector ranks, of all that were asked."""
+    columns = [ranking.columns for ranking in rankings.values()]
+    return {name: column for own in columns for name, column in own.items() if name not in ("statistic", "q_value")}
 
 
 def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking, curve: list[float]) -> dict[str, np.ndarray]:

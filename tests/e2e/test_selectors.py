@@ -74,3 +74,50 @@ def test_outcome_reads_a_column_of_the_corpus(world: World, tmp_path: Path, shel
     text.write_text(" ".join(record["text"] for record in records))
     args = copied.args("select", selector="outcome", corpus=text, outcome_column="grade")
     refused(shell(*args), "no other columns can be read here; --outcome-column needs .jsonl")
+
+
+def test_several_selectors_on_one_reading(world: World, tmp_path: Path, shell: Shell) -> None:
+    """The first ranks as if it were alone; the others' answers stand beside it."""
+    db = tmp_path / "x.duckdb"
+    names = ["change", "attribution", "mean-shift", "random"]
+    flags = [word for name in names for word in ("--selector", name)]
+    says = shell(*world.args("select", db=db), *flags)
+    assert says.status == 0
+    shown = " ".join(says.out.split())
+    assert "mean-shift agrees at ρ" in shown
+    assert "attribution kl" in shown
+    columns = "latent, rank, role, change, gain, statistic, q_value, coverage"
+    alone = read(world.db, f"SELECT {columns} FROM latents ORDER BY latent")
+    assert read(db, f"SELECT {columns} FROM latents ORDER BY latent") == alone
+    rows = read(db, "SELECT * FROM selectors ORDER BY position")
+    assert [row["selector"] for row in rows] == names
+    assert (rows[0]["spearman"], rows[0]["overlap"]) == (None, None)
+    ranks = {name: read(db, f"SELECT * FROM selector_ranks WHERE selector = '{name}' ORDER BY rank") for name in names}
+    first = {row["latent"] for row in ranks["change"] if row["rank"]}
+    assert first == {row["latent"] for row in alone if row["rank"]}
+    for name, row in zip(names, rows, strict=True):
+        chosen = [rank["latent"] for rank in ranks[name] if rank["rank"]]
+        assert len(chosen) == row["n_selected"] == 4
+        if name != "change":
+            assert row["overlap"] == len(first & set(chosen)) / 4
+    assert rows[3]["spearman"] is None
+    (known,) = read(
+        db,
+        """SELECT corr(x, y) AS rho FROM (
+            SELECT rank() OVER (ORDER BY a.change) AS x, rank() OVER (ORDER BY b.change) AS y
+            FROM selector_ranks a JOIN selector_ranks b USING (run_id, latent)
+            WHERE a.selector = 'change' AND b.selector = 'attribution' AND a.change IS NOT NULL AND b.change > 0)""",
+    )
+    assert rows[1]["spearman"] == pytest.approx(known["rho"], abs=0.02), "ties apart"
+    filled = read(db, "SELECT l.attribution, r.change FROM latents l JOIN selector_ranks r USING (run_id, latent)"
+                      " WHERE r.selector = 'attribution' ORDER BY latent")  # fmt: skip
+    assert filled
+    assert all(abs(row["attribution"]) == pytest.approx(row["change"]) for row in filled)
+    figures = json.loads(rows[1]["figures"])
+    assert figures["by_map"] + figures["by_static_part"] + figures["outside_map"] == pytest.approx(1)
+    summary = json.loads(shell(*world.args("select", db=db, json=True), *flags).out)
+    assert [row["selector"] for row in summary["selectors"]] == names
+
+
+def test_an_unknown_selector_among_several_is_refused(world: World, shell: Shell) -> None:
+    refused(shell(*world.args("select"), "--selector", "change", "--selector", "chance"), "unknown selector 'chance'")
