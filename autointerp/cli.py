@@ -31,6 +31,16 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     return add
 
 
+class _Top(click.ParamType):
+    """A number of latents, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return value if value == "auto" else click.IntRange(min=1).convert(value, param, ctx)
+
+
+_TOP = click.option("--top", type=_Top(), help="Latents to select; auto: until they add little.  [default: 50]")
 _DB = click.option("--db", type=click.Path(path_type=Path), default=DEFAULT_DB, help="The DuckDB store.")
 _RUN_ID = click.option("--run-id", help="A run of the store, by its id or the beginning of one.  [default: the newest]")
 _RUN = _options(
@@ -45,7 +55,7 @@ _RUN = _options(
     click.option("--text-column", help="Column of the text, or of chat messages.  [default: text]"),
     click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
     click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
-    click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]"),
+    _TOP,
     click.option("--selector", multiple=True, help="Of several, the first ranks.  [default: change]"),
     click.option("--outcome-column", help="Column of numbers, one a document, for --selector outcome."),
     click.option("--sae-adapted", help="The SAE fine-tuned on the adapted model, for --selector rotation."),
@@ -160,7 +170,7 @@ def export(form: str, out: Path, db: Path, run_id: str | None, force: bool) -> i
 @cli.command()
 @_DB
 @_LABELING
-@click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]")
+@_TOP
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def demo(**options: Any) -> int:
@@ -234,6 +244,7 @@ def _finish(results: Results, options: dict[str, Any]) -> int:
 
 def _dry_run(job: Job, as_json: bool) -> int:
     from autointerp.pipeline import estimate_job
+    from autointerp.run import AUTO_TOP
 
     plan = estimate_job(job)
     if as_json:
@@ -242,8 +253,9 @@ def _dry_run(job: Job, as_json: bool) -> int:
         dollars = "no listed price: give --prices"
         if plan["usd_high"] is not None:
             dollars = f"${plan['usd_low']:.4f} – ${plan['usd_high']:.4f}"
+        up_to = "up to " if job.run.settings.top == "auto" and plan["latents"] == AUTO_TOP else ""
         click.echo(
-            f"{plan['latents']} latents, {plan['calls']} calls to {job.labeler},"
+            f"{up_to}{plan['latents']} latents, {plan['calls']} calls to {job.labeler},"
             f" {plan['input_tokens']} + {plan['output_tokens']} tokens, {dollars},"
             f" {plan['seconds_low']:.0f} – {plan['seconds_high']:.0f} s of calls. Nothing was spent."
         )

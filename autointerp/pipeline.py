@@ -19,7 +19,7 @@ from autointerp.labeling.work import FINISHED, Work, scored, usable
 from autointerp.progress import Reporter
 from autointerp.records import LatentEvidence
 from autointerp.results import Results
-from autointerp.run import Run
+from autointerp.run import AUTO_TOP, Run
 from autointerp.stopping import Stop, StoppedByUser, on_interrupt
 from autointerp.store import Store
 
@@ -84,7 +84,8 @@ async def alabel(
 def estimate_job(job: Job) -> dict[str, Any]:
     """What labelling and scoring would take: latents, calls, tokens, dollars (None without a listed price), seconds.
 
-    Exact evidence where the store holds it, else a typical latent, --top times. Spends and stores nothing.
+    Exact evidence where the store holds it, else a typical latent, --top times (AUTO_TOP times where that is auto).
+    Spends and stores nothing.
     """
     from dataclasses import asdict
 
@@ -92,7 +93,8 @@ def estimate_job(job: Job) -> dict[str, Any]:
 
     check_scorers(job)
     scorers = _scorers(job)
-    latents: Any = job.run.settings.top
+    top = job.run.settings.top
+    latents: Any = AUTO_TOP if top == "auto" else top
     to_score: dict[str, list[LatentEvidence]] = {}
     run_id, stage = job.run.run_id, _stage(job)
     if stage is not None:

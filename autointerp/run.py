@@ -23,6 +23,10 @@ KEYS = ("base", "adapter", "sae", "hook", "corpus", "text_column", "context_leng
 """The keys of run.yaml; each is also a flag."""
 PATHS = ("base", "adapter", "sae", "corpus")
 
+DEFAULT_TOP = 50
+AUTO_TOP = 200
+"""Latents that `--top auto` selects at most."""
+
 _HUB_IDS = {
     "base": re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$"),
     "adapter": re.compile(r"^[\w-][\w.-]*/[\w.-]+$"),
@@ -37,8 +41,8 @@ _SAMPLE = 1 << 16
 class Settings:
     """How to select and collect; none of it says what was trained."""
 
-    top: PositiveInt = 50
-    """Latents to select."""
+    top: PositiveInt | Literal["auto"] = DEFAULT_TOP
+    """Latents to select; `auto`: until the coverage curve flattens, AUTO_TOP at most."""
     selector: Annotated[
         tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)
     ] = ("change",)

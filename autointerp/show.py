@@ -143,7 +143,7 @@ def header(store: Store, run_id: str) -> Panel:
 
 
 def _selectors(store: Store, run_id: str) -> list[tuple[str, list[str | None]]]:
-    """A line for each further selector, on how far it agrees with the first; and one for what a selector says besides."""
+    """A line for each further selector: how far it agrees with the first; and one for what a selector says besides."""
     rows = store.read("SELECT * FROM selectors WHERE run_id = ? ORDER BY position", [run_id])
     lines: list[tuple[str, list[str | None]]] = []
     for row in rows:

@@ -16,6 +16,7 @@ from autointerp.evidence.gradients import GradientSums
 from autointerp.evidence.stream import Measured
 from autointerp.records import Role
 from autointerp.registry import Registry
+from autointerp.run import AUTO_TOP
 
 UNITS = ("mean_base", "mean_adapted", "freq_base", "freq_adapted", "max_base", "max_adapted", "delta")
 
@@ -120,7 +121,7 @@ def select(
     measured: Measured,
     fitted: FittedMap,
     selector: str,
-    top: int,
+    top: int | Literal["auto"],
     fdr: float,
     seed: int,
     given: Given | None = None,
@@ -128,12 +129,15 @@ def select(
 ) -> Selection:
     """Asks the selector and lays its answer beside what the change map says of every latent.
 
-    `others` are asked the same question for comparison; what columns they alone compute are taken over.
+    `others` are asked the same question for comparison; what columns they alone compute are taken over. top `auto`: see
+    flattening.py; each selector is cut by its own curve.
     """
     if not 0 < fdr < 1:
         raise InputError(f"--fdr {fdr}: give a rate between 0 and 1, e.g. 0.05")
-    question = Question(fitted, top, fdr, seed, given or Given())
+    question = Question(fitted, AUTO_TOP if top == "auto" else top, fdr, seed, given or Given())
     rankings = {name: SELECTORS.get(name)(question) for name in dict.fromkeys((selector, *others))}
+    if top == "auto":
+        rankings = {name: cut(ranking, fitted.coverage(ranking.latents)) for name, ranking in rankings.items()}
     ranking = rankings[selector]
     curve = fitted.coverage(ranking.latents)
     return Selection(

@@ -121,3 +121,27 @@ def test_several_selectors_on_one_reading(world: World, tmp_path: Path, shell: S
 
 def test_an_unknown_selector_among_several_is_refused(world: World, shell: Shell) -> None:
     refused(shell(*world.args("select"), "--selector", "change", "--selector", "chance"), "unknown selector 'chance'")
+
+
+def test_top_auto(world: World, tmp_path: Path, shell: Shell) -> None:
+    db = tmp_path / "x.duckdb"
+    args = world.args(db=db, top="auto", selector="mean-shift")
+    plan = shell(*args, "--dry-run")
+    assert plan.out.startswith("up to 200 latents")
+    assert shell(*args, "--quiet").status == 0
+    found, run = chosen(db), read(db, "SELECT run_id, settings, coverage FROM runs")[0]
+    assert 0 < len(found) <= 200
+    assert json.loads(run["settings"])["top"] == "auto"
+    assert shell(*args, "--dry-run").out.startswith("0 latents")
+    assert shell(*args, "--quiet").status == 0
+    assert len(read(db, "SELECT run_id FROM runs")) == 1, "the same run"
+    number = world.args("select", db=db, top=len(found), selector="mean-shift", quiet=True)
+    assert shell(*number).status == 0
+    assert [row["latent"] for row in chosen_in(db, run["run_id"])] == [row["latent"] for row in found]
+    assert len(read(db, "SELECT run_id FROM runs")) == 2, "another question"
+    for top in ("0", "many"):
+        refused(shell(*world.args("select", top=top)), "--top")
+
+
+def chosen_in(db: Path, run_id: str) -> list[dict[str, Any]]:
+    return read(db, f"SELECT latent FROM latents WHERE selected AND run_id = '{run_id}' ORDER BY rank")
