@@ -12,6 +12,7 @@ from torch import Tensor
 from autointerp.errors import InputError
 from autointerp.evidence.extras import Extra
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.flattening import cut
 from autointerp.evidence.gradients import GradientSums
 from autointerp.evidence.stream import Measured
 from autointerp.records import Role
