@@ -154,6 +154,26 @@ def show(latent: int | None, db: Path, run_id: str | None, as_json: bool) -> int
 
 
 @cli.command()
+@click.argument("first")
+@click.argument("second")
+@_DB
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def compare(first: str, second: str, db: Path, as_json: bool) -> int:
+    """Two runs of one dictionary side by side: latents on which the adapters add, cancel or interfere."""
+    from autointerp.compare import compare as compared
+    from autointerp.show_comparison import comparison
+    from autointerp.store import Store
+
+    with Store.open(db, "read") as store:
+        found = compared(store, first, second)
+    if as_json:
+        click.echo(json.dumps(found.summary()))
+    else:
+        comparison(found)
+    return 0
+
+
+@cli.command()
 @click.option("--format", "form", default="jsonl", help="parquet or jsonl.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @_DB

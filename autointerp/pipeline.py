@@ -200,7 +200,7 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
     selection, writes = await asyncio.to_thread(evidence.select, progress)
     reporter.finish("tokens")
     run_id = job.run.run_id
-    for table in ("latents", "writes", "contexts", "predictions", "selectors", "selector_ranks"):
+    for table in ("latents", "writes", "contexts", "predictions", "selectors", "selector_ranks", "map_rows"):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
     _store_selectors(run_id, selection, store)
@@ -210,10 +210,13 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
 
 
 def _store_selectors(run_id: str, selection: Selection, store: Store) -> None:
-    """How the selectors agree; where there are several, also what each says of every latent."""
+    """How the selectors agree; where there are several, also what each says of every latent; rows of the map."""
     from autointerp.evidence.agreement import agreement, rank_columns
+    from autointerp.evidence.kept_rows import kept_rows
 
     store.upsert("selectors", [{"run_id": run_id, **row} for row in agreement(selection.rankings, selection.fitted)])
+    kept = kept_rows(selection.fitted, selection.latents)
+    store.upsert("map_rows", [{"run_id": run_id, **row} for row in kept])
     if len(selection.rankings) > 1:
         for name, columns in rank_columns(selection.rankings).items():
             store.write_selector_ranks(run_id, name, columns)

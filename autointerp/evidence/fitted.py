@@ -155,6 +155,10 @@ class FittedMap:
         """Which of `rows` belong to these latents, all of the map."""
         return [self._index[latent] for latent in latents]
 
+    def position(self, latent: int) -> int | None:
+        """Which of `rows` is a latent's; None where it is not of the map."""
+        return self._index.get(latent)
+
     def rows_of(self, latents: Sequence[int]) -> dict[int, Tensor]:
         """c_j [d] of each latent of the map among `latents`, fitted jointly for these alone: the k-row map whose
         coverage is reported, in which each row also carries what it shares with latents left out."""
