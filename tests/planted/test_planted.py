@@ -51,7 +51,7 @@ def test_gains_without_noise(recording: Recording) -> None:
     gains = [
         float(row @ directions[j] / directions[j].square().sum()) for j, row in fitted.rows_of(truth.tolist()).items()
     ]
-    np.testing.assert_allclose(gains, 0.25, atol=0.02)
+    np.testing.assert_allclose(gains, 0.25, atol=0.05)  # the ridge's
 
 
 @pytest.mark.parametrize(("noise", "proportional"), [(True, True), (False, True), (True, False)])
