@@ -159,7 +159,11 @@ def goals(cells: dict[tuple[str, bool], dict[str, Scores]]) -> str:
         ("FDP ≤ .10 at +25 %", quarter.fdp, lambda v: v <= 0.10),
         ("recall ≥ .95 at +25 % without noise", quiet.recall, lambda v: v >= 0.95),
         ("≥ 18 of 20 pairs at amplitude 1", pairs, lambda v: v >= 18),
-        ("FDP ≤ .10 without noise: gains, and pairs at amplitude 1", sum(silent.values(), []), lambda v: v <= 0.10),
+        (
+            "FDP ≤ .10 without noise: gains, and pairs at amplitude 1",
+            [fdp for values in silent.values() for fdp in values],
+            lambda v: v <= 0.10,
+        ),
         ("FDP ≤ .10 without noise: pairs, all or nothing", loose, lambda v: v <= 0.10),
         ("nothing from noise alone", cells["nothing", True]["change"].found, lambda v: v == 0),
     ]

@@ -112,7 +112,7 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert {pair.latent: pair.relation for pair in found.pairs} == {
         1: "adds", 2: "cancels", 3: "interferes", 4: "only first", 5: "only first", 6: "only second",
     }  # fmt: skip
-    assert [pair.latent for pair in found.pairs][0] == 6, "the largest first"
+    assert found.pairs[0].latent == 6, "the largest first"
     (three,) = [pair for pair in found.pairs if pair.latent == 3]
     assert (three.label, three.left_first, three.left_second) == ("three", pytest.approx(0.7), pytest.approx(-7 / 3))
     sums = [np.add(a[j], b[j]) for j in (1, 2, 3, 4)]
