@@ -31,6 +31,16 @@ def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
     return add
 
 
+class _Top(click.ParamType):
+    """A number of latents, or `auto`."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        return value if value == "auto" else click.IntRange(min=1).convert(value, param, ctx)
+
+
+_TOP = click.option("--top", type=_Top(), help="Latents to select; auto: until they add little.  [default: 50]")
 _DB = click.option("--db", type=click.Path(path_type=Path), default=DEFAULT_DB, help="The DuckDB store.")
 _RUN_ID = click.option("--run-id", help="A run of the store, by its id or the beginning of one.  [default: the newest]")
 _RUN = _options(
@@ -45,8 +55,10 @@ _RUN = _options(
     click.option("--text-column", help="Column of the text, or of chat messages.  [default: text]"),
     click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
     click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
-    click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]"),
-    click.option("--selector", multiple=True, help="change, mean-shift, random, weights.  [default: change]"),
+    _TOP,
+    click.option("--selector", multiple=True, help="Of several, the first ranks.  [default: change]"),
+    click.option("--outcome-column", help="Column of numbers, one a document, for --selector outcome."),
+    click.option("--sae-adapted", help="The SAE fine-tuned on the adapted model, for --selector rotation."),
     click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),
     click.option("--device", help="cpu, cuda, …  [default: a GPU where there is one]"),
     click.option("--dtype", help="float32, bfloat16, float16.  [default: float32]"),
@@ -71,7 +83,7 @@ _LABELING = _options(
 )
 _RUN_KEYS = (
     "base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
-    "dtype", "seed", "scratch",
+    "dtype", "seed", "scratch", "outcome_column", "sae_adapted",
 )  # fmt: skip
 
 
@@ -171,6 +183,26 @@ def show(latent: int | None, db: Path, run_id: str | None, as_json: bool, units:
 
 
 @cli.command()
+@click.argument("first")
+@click.argument("second")
+@_DB
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def compare(first: str, second: str, db: Path, as_json: bool) -> int:
+    """Two runs of one dictionary side by side: latents on which the adapters add, cancel or interfere."""
+    from autointerp.compare import compare as compared
+    from autointerp.show_comparison import comparison
+    from autointerp.store import Store
+
+    with Store.open(db, "read") as store:
+        found = compared(store, first, second)
+    if as_json:
+        click.echo(json.dumps(found.summary()))
+    else:
+        comparison(found)
+    return 0
+
+
+@cli.command()
 @click.option("--format", "form", default="jsonl", help="parquet or jsonl.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @_DB
@@ -187,7 +219,7 @@ def export(form: str, out: Path, db: Path, run_id: str | None, force: bool) -> i
 @cli.command()
 @_DB
 @_LABELING
-@click.option("--top", type=click.IntRange(min=1), help="Latents to select.  [default: 50]")
+@_TOP
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def demo(**options: Any) -> int:
@@ -265,6 +297,7 @@ def _finish(results: Results, options: dict[str, Any]) -> int:
 
 def _dry_run(job: Job, as_json: bool) -> int:
     from autointerp.pipeline import estimate_job
+    from autointerp.run import AUTO_TOP
 
     plan = estimate_job(job)
     if as_json:
@@ -273,8 +306,9 @@ def _dry_run(job: Job, as_json: bool) -> int:
         dollars = "no listed price: give --prices"
         if plan["usd_high"] is not None:
             dollars = f"${plan['usd_low']:.4f} – ${plan['usd_high']:.4f}"
+        up_to = "up to " if job.run.settings.top == "auto" and plan["latents"] == AUTO_TOP else ""
         click.echo(
-            f"{plan['latents']} latents, {plan['calls']} calls to {job.labeler},"
+            f"{up_to}{plan['latents']} latents, {plan['calls']} calls to {job.labeler},"
             f" {plan['input_tokens']} + {plan['output_tokens']} tokens, {dollars},"
             f" {plan['seconds_low']:.0f} – {plan['seconds_high']:.0f} s of calls. Nothing was spent."
         )

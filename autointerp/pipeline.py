@@ -19,13 +19,14 @@ from autointerp.labeling.work import FINISHED, Work, needing_calls, scored, usab
 from autointerp.progress import Reporter
 from autointerp.records import LatentEvidence, Write
 from autointerp.results import Results
-from autointerp.run import WEIGHTS_ONLY, Run
+from autointerp.run import AUTO_TOP, WEIGHTS_ONLY, Run
 from autointerp.stopping import Stop, StoppedByUser, on_interrupt
 from autointerp.store import Store
 
 if TYPE_CHECKING:
     from autointerp.evidence.gather import Evidence
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.selection import Selection
     from autointerp.evidence.weights_evidence import WeightsEvidence
 
 DEFAULT_DB = "results/autointerp.duckdb"
@@ -86,13 +87,15 @@ async def alabel(
 def estimate_job(job: Job) -> dict[str, Any]:
     """What labelling and scoring would take: latents, calls, tokens, dollars (None without a listed price), seconds.
 
-    Exact evidence where the store holds it, else a typical latent, --top times. Spends and stores nothing.
+    Exact evidence where the store holds it, else a typical latent, --top times (AUTO_TOP times where that is auto).
+    Spends and stores nothing.
     """
     from autointerp.labeling.llm.estimate import estimate
 
     check_scorers(job)
     scorers = _scorers(job)
-    latents: Any = job.run.settings.top
+    top = job.run.settings.top
+    latents: Any = AUTO_TOP if top == "auto" else top
     to_score: dict[str, list[LatentEvidence]] = {}
     run_id, stage = job.run.run_id, _stage(job)
     ask_all = job.settings(run_id).ask_all
@@ -213,12 +216,16 @@ async def select_and_store(
     job: Job, evidence: Evidence | WeightsEvidence, store: Store, stop: Stop, reporter: Reporter
 ) -> None:
     """Measures, selects and stores both; nothing is written before the selection stands."""
+    from autointerp.evidence.selection import Selection
+
     selection, writes = await asyncio.to_thread(_selection, evidence, stop, reporter)
     units = await asyncio.to_thread(evidence.units)
     run_id = job.run.run_id
-    for table in ("latents", "writes", "contexts", "predictions", *CHECKS):
+    for table in ("latents", "writes", "contexts", "predictions", "selectors", "selector_ranks", "map_rows", *CHECKS):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
+    if isinstance(selection, Selection):
+        _store_selectors(run_id, selection, store)
     store.write_writes(run_id, writes)
     store.write_units(run_id, units)
     store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select", "checks": []}])
@@ -242,6 +249,19 @@ def _selection(evidence: Evidence | WeightsEvidence, stop: Stop, reporter: Repor
     return found
 
 
+def _store_selectors(run_id: str, selection: Selection, store: Store) -> None:
+    """How the selectors agree; where there are several, also what each says of every latent; rows of the map."""
+    from autointerp.evidence.agreement import agreement, rank_columns
+    from autointerp.evidence.kept_rows import kept_rows
+
+    store.upsert("selectors", [{"run_id": run_id, **row} for row in agreement(selection.rankings, selection.fitted)])
+    kept = kept_rows(selection.fitted, selection.latents)
+    store.upsert("map_rows", [{"run_id": run_id, **row} for row in kept])
+    if len(selection.rankings) > 1:
+        for name, columns in rank_columns(selection.rankings).items():
+            store.write_selector_ranks(run_id, name, columns)
+
+
 async def _store_known(run_id: str, evidence: Evidence, store: Store) -> None:
     """Which of the selected latents are a token, bigram or trigram: those need no language model."""
     found = await asyncio.to_thread(evidence.known)
@@ -253,7 +273,8 @@ def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
     from autointerp.evidence.gather import library_versions
 
     run = job.run
-    settings = {name: getattr(run.settings, name) for name in ("top", "selector", "fdr", "seed", "dtype")}
+    kept = ("top", "selector", "fdr", "seed", "dtype", "outcome_column", "sae_adapted")
+    settings = {name: value for name in kept if (value := getattr(run.settings, name)) is not None}
     shape = {name: getattr(run, name) for name in ("text_column", "context_length", "max_tokens")}
     return {
         "run_id": run.run_id,

@@ -84,7 +84,9 @@ class Results:
         """The run's figures and its changed latents: what `--json` prints."""
         run = self.sql("SELECT * FROM runs WHERE run_id = ?", [self.run_id]).arrow().to_pylist()[0]
         rows = self.sql("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [self.run_id]).arrow()
-        return {**run, "exit_status": self.exit_status, "latents": rows.to_pylist()}
+        selectors = self.sql("SELECT * FROM selectors WHERE run_id = ? ORDER BY position", [self.run_id]).arrow()
+        said = [{key: value for key, value in row.items() if key != "run_id"} for row in selectors.to_pylist()]
+        return {**run, "exit_status": self.exit_status, "latents": rows.to_pylist(), "selectors": said}
 
     def __repr__(self) -> str:
         return f"Results({self.path!r}, run_id={self.run_id!r}, exit_status={self.exit_status})"

@@ -25,6 +25,9 @@ PATHS = ("base", "adapter", "sae", "corpus")
 
 WEIGHTS_ONLY = ("weights",)
 """Selectors that need neither corpus nor model when nothing but the selection is wanted."""
+DEFAULT_TOP = 50
+AUTO_TOP = 200
+"""Latents that `--top auto` selects at most."""
 
 _HUB_IDS = {
     "base": re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$"),
@@ -40,14 +43,18 @@ _SAMPLE = 1 << 16
 class Settings:
     """How to select and collect; none of it says what was trained."""
 
-    top: PositiveInt = 50
-    """Latents to select."""
+    top: PositiveInt | Literal["auto"] = DEFAULT_TOP
+    """Latents to select; `auto`: until the coverage curve flattens, AUTO_TOP at most."""
     selector: Annotated[
         tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)
     ] = ("change",)
     """Selectors by name; the first one ranks."""
     fdr: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """False discovery rate of the tests."""
+    sae_adapted: str | None = None
+    """A copy of the SAE fine-tuned on the adapted model, a path or release/sae_id, for the selector `rotation`."""
+    outcome_column: str | None = None
+    """A column of the corpus with a number for each document, for the selector `outcome`."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
@@ -108,6 +115,8 @@ class Run:
         """
         folder = _folder(Path(path))
         given = {key: value for key, value in flags.items() if value is not None}
+        if "sae_adapted" in given:
+            given["sae_adapted"] = _locate("sae", given["sae_adapted"], Path.cwd(), "sae-adapted")
         written = _read(folder / RUN_FILE)
         located = _located(written, folder) | _located(given, Path.cwd())
         view, settings = _checked(written | given)
@@ -116,6 +125,8 @@ class Run:
         if "corpus" in need and "corpus" not in located:
             raise InputError(f"no corpus for {path}: give --corpus a path or a hub id, or corpus: in {RUN_FILE}")
         prints = {key: fingerprint(located[key], key) for key in ("sae", "corpus") if key in located}
+        if settings.sae_adapted is not None:
+            prints["sae_adapted"] = fingerprint(settings.sae_adapted, "sae")
         adapter = located.get("adapter", str(folder))
         name, sha256, base = _detected(adapter, located.get("base"), "base" in need)
         return cls(
@@ -150,6 +161,10 @@ class Run:
         of a run is the same run, a SAE trained anew in place is another.
         """
         settings = {key: getattr(self.settings, key) for key in ("top", "selector", "fdr", "seed", "dtype")}
+        extra = {
+            "sae_adapted": self.fingerprints.get("sae_adapted"),
+            "outcome_column": self.settings.outcome_column,
+        }
         parts = {
             "base": self.fingerprints.get("base", self.base),
             "sae": self.fingerprints.get("sae", self.sae),
@@ -157,6 +172,7 @@ class Run:
             "adapter": self.adapter_sha256,
             **{key: getattr(self, key) for key in ("hook", "text_column", "context_length", "max_tokens")},
             **settings,
+            **{key: value for key, value in extra.items() if value is not None},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -236,17 +252,21 @@ def _located(values: dict[str, Any], root: Path) -> dict[str, str]:
     return {key: _locate(key, values[key], root) for key in PATHS if key in values}
 
 
-def _locate(key: str, value: Any, root: Path) -> str:
-    """`value` as an absolute path if it exists under `root`, as it is if it may be a hub id."""
+def _locate(key: str, value: Any, root: Path, option: str | None = None) -> str:
+    """`value` as an absolute path if it exists under `root`, as it is if it may be a hub id.
+
+    `option`: what error messages call it, `key` where that is None.
+    """
+    option = option or key
     if not isinstance(value, str | Path):
-        raise InputError(f"{key} {value!r}: want a path or a hub id")
+        raise InputError(f"{option} {value!r}: want a path or a hub id")
     path = root / Path(value).expanduser()
     if path.exists():
         return str(path.resolve())
     if _HUB_IDS[key].match(str(value)):
         return str(value)
     other = "a SAELens release/sae_id" if key == "sae" else "a hub id"
-    raise InputError(f"{key} {value}: no such file or folder ({path}); give --{key} an existing path, or {other}")
+    raise InputError(f"{option} {value}: no such file or folder ({path}); give --{option} an existing path, or {other}")
 
 
 def _checked(values: dict[str, Any]) -> tuple[_View, Settings]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -147,12 +148,31 @@ def header(store: Store, run_id: str) -> Panel:
         ),
         ("weights", [_text(run["notes"])]),
     ]
-    for name, parts in lines:
+    for name, parts in (*lines, *_selectors(store, run_id)):
         text = " · ".join(part for part in parts if part)
         if text:
             grid.add_row(name, Text(text))
     title = " · ".join(visible(part) for part in ("run " + run_id, run["selector"], run["status"]) if part)
     return Panel(grid, title=Text(title), title_align="left", border_style="dim")
+
+
+def _selectors(store: Store, run_id: str) -> list[tuple[str, list[str | None]]]:
+    """A line for each further selector: how far it agrees with the first; and one for what a selector says besides."""
+    rows = store.read("SELECT * FROM selectors WHERE run_id = ? ORDER BY position", [run_id])
+    lines: list[tuple[str, list[str | None]]] = []
+    for row in rows:
+        if row["position"] > 1:
+            parts = [
+                _with("agrees at ρ ", row["spearman"], form="{:+.2f}"),
+                _with("shares ", row["overlap"], f" with {rows[0]['selector']}", "{:.0%}"),
+                _with(f"{row['n_selected']} latents cover ", row["coverage"], form="{:.1%}"),
+            ]
+            lines.append((visible(row["selector"]), parts))
+        figures = {key: value for key, value in json.loads(row["figures"] or "{}").items() if value is not None}
+        if figures:
+            said = [f"{visible(key.replace('_', ' '))} {value:.3g}" for key, value in figures.items()]
+            lines.append((visible(row["selector"]), list(said)))
+    return lines
 
 
 def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:
@@ -169,12 +189,12 @@ def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:
         label, effect = _label_text(row), Text(visible(_brief(row["effect"] or "")), style="cyan")
         words: list[RenderableType] = [label, effect] if wide else [Group(label, effect) if effect else label]
         out.add_row(
-            _number(row["rank"], "{}"),
+            number(row["rank"], "{}"),
             str(row["latent"]),
             *words,
-            _number(row["change"], "{:.3f}"),
-            _number(row["gain"], "{:+.0%}"),
-            _number(row["coverage"], "{:.0%}"),
+            number(row["change"], "{:.3f}"),
+            number(row["gain"], "{:+.0%}"),
+            number(row["coverage"], "{:.0%}"),
             _score_text(row["score"], row["null_score"]),
         )
     return out
@@ -202,7 +222,7 @@ def _statistics(evidence: LatentEvidence) -> RenderableType:
     for side in ("base", "adapted"):
         values = (getattr(evidence, f"{name}_{side}") for name in ("mean", "freq", "max"))
         forms = ("{:.4g}", "{:.3%}", "{:.4g}")
-        grid.add_row(Text(side, style="dim"), *(_number(v, form) for v, form in zip(values, forms, strict=True)))
+        grid.add_row(Text(side, style="dim"), *(number(v, form) for v, form in zip(values, forms, strict=True)))
     change = [
         _with("change ", evidence.change, form="{:.4f}"),
         _with("gain ", evidence.gain, form="{:+.1%}"),
@@ -221,7 +241,7 @@ def _label(row: dict[str, Any], scores: Iterable[dict[str, Any]]) -> RenderableT
         interval = "" if score["ci_low"] is None else f" [{score['ci_low']:.2f}, {score['ci_high']:.2f}]"
         null = "" if score["null_value"] is None else f", another latent's label {score['null_value']:.2f}"
         missing = f", {score['n_missing']} missing" if score["n_missing"] else ""
-        value = _number(score["value"], "{:.2f}")
+        value = number(score["value"], "{:.2f}")
         lines.append(
             Text(f"  {visible(score['scorer'])} {value}{interval}{null}; {score['n_examples']} examples{missing}")
         )
@@ -278,10 +298,10 @@ def _heading(text: str) -> Rule:
 
 
 def _score_text(value: float | None, null: float | None) -> str:
-    return _number(value, "{:.2f}") + ("" if value is None or null is None else f" ({null:.2f})")
+    return number(value, "{:.2f}") + ("" if value is None or null is None else f" ({null:.2f})")
 
 
-def _number(value: float | int | None, form: str) -> str:
+def number(value: float | int | None, form: str) -> str:
     return "–" if value is None or value != value else form.format(value)
 
 
@@ -294,4 +314,4 @@ def _with(before: str, value: Any, after: str = "", form: str = "{}") -> str | N
 
 
 def _pair(name: str, base: float | None, adapted: float | None, form: str) -> str | None:
-    return None if base is None and adapted is None else f"{name} {_number(base, form)} → {_number(adapted, form)}"
+    return None if base is None and adapted is None else f"{name} {number(base, form)} → {number(adapted, form)}"

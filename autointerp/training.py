@@ -52,7 +52,7 @@ ADAPTER = "adapter"
 """Folder of the run directory that holds what was trained."""
 SHOWN = 5
 """Labels in the summary."""
-_FLAGS = ("top", "selector", "fdr", "seed", "dtype")
+_FLAGS = ("top", "selector", "fdr", "seed", "dtype", "outcome_column", "sae_adapted")
 """Settings that are part of a run's id and not of run.yaml."""
 
 
@@ -182,7 +182,7 @@ def command(job: Job) -> str:
         value = getattr(job.run.settings, name)
         if value != getattr(Settings(), name):
             for one in value if isinstance(value, tuple) else (value,):
-                words += [f"--{name}", str(one)]
+                words += [f"--{name.replace('_', '-')}", str(one)]
     words += ["--labeler", job.labeler] if job.labeler != "lexical" else []
     words += ["--db", str(job.db)] if str(job.db) != DEFAULT_DB else []
     return shlex.join(words)

@@ -182,9 +182,9 @@ def q_values(target: np.ndarray, decoys: np.ndarray, found: int = 0) -> np.ndarr
     return q
 
 
-def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
+def pursue(moments: Moments, candidates: np.ndarray, k: int, least: float = 0.0) -> list[int]:
     """Greedy group pursuit: the row that explains most of what is left, refit of all chosen rows, repeat. At most k of
-    `candidates`.
+    `candidates`, and none that would explain less than the share `least` of what the first explains.
 
     What k chosen rows leave is B − VᵀU with V = L⁻¹G[chosen], U = L⁻¹B[chosen], LLᵀ the Cholesky factorisation of their
     ridged Gram matrix (see `refit`): each choice adds a row to V and U, and takes one outer product off the rest.
@@ -196,12 +196,13 @@ def pursue(moments: Moments, candidates: np.ndarray, k: int) -> list[int]:
     n = min(k, int(allowed.sum()))
     V, U = G.new_zeros(n, len(G)), G.new_zeros(n, moments.B.shape[1])
     chosen: list[int] = []
-    left = moments.B.clone()
+    left, first = moments.B.clone(), 0.0
     for at in range(n):
         gain = torch.einsum("pd,pd->p", left, left) / scale
         gain[~allowed] = -1
         best = int(gain.argmax())
-        if gain[best] <= 0:
+        first = first or float(gain[best])
+        if gain[best] <= least * first:
             break
         chosen.append(best)
         allowed[best] = False

@@ -43,6 +43,13 @@ class DocumentSource(ABC):
     def shuffled(self, seed: int) -> Iterator[tuple[int, Document]]:
         """(index in corpus order, document) of every document once, in an order that depends on `seed` alone."""
 
+    def column(self, name: str) -> list[Any]:
+        """The value that each document has in another column, in corpus order; InputError where there are no such."""
+        raise InputError(
+            f"corpus {self.name}: no other columns can be read here; --outcome-column needs .jsonl, .parquet or a saved"
+            " dataset"
+        )
+
 
 class Documents(DocumentSource):
     """Documents with random access."""
@@ -85,11 +92,26 @@ class JsonLines(Documents):
         return len(self._starts)
 
     def read(self, index: int) -> Document:
+        record = self._record(index)
+        if record is None:
+            return ""
+        if self.text_column not in record:
+            raise missing_column(self._where(index), self.text_column, record)
+        return as_document(record[self.text_column], self.text_column, lambda: self._where(index))
+
+    def column(self, name: str) -> list[Any]:
+        records = [self._record(index) or {} for index in range(len(self))]
+        if not any(name in record for record in records):
+            raise missing_column(self.name, name, records[0], "outcome-column")
+        return [record.get(name) for record in records]
+
+    def _record(self, index: int) -> dict[str, Any] | None:
+        """The object in line `index`; None where the line is blank."""
         with self.path.open("rb") as file:
             file.seek(int(self._starts[index]))
             line = file.readline()
         if line.isspace():
-            return ""
+            return None
         try:
             record = json.loads(line)
         except ValueError as error:
@@ -98,9 +120,7 @@ class JsonLines(Documents):
             raise InputError(
                 f"corpus {self._where(index)}: a {type(record).__name__}, want an object with the text in it"
             )
-        if self.text_column not in record:
-            raise missing_column(self._where(index), self.text_column, record)
-        return as_document(record[self.text_column], self.text_column, lambda: self._where(index))
+        return record
 
     def _where(self, index: int) -> str:
         with self.path.open("rb") as file:
@@ -140,6 +160,9 @@ class Folder(Documents):
     def read(self, index: int) -> Document:
         part = bisect.bisect_right(self._ends, index)
         return self.parts[part].read(index - (self._ends[part - 1] if part else 0))
+
+    def column(self, name: str) -> list[Any]:
+        return [value for part in self.parts for value in part.column(name)]
 
 
 def open_corpus(path: str | Path, text_column: str = "text") -> DocumentSource:
@@ -229,9 +252,9 @@ def _message(message: dict[str, Any], column: str, where: Callable[[], str]) -> 
     return {"role": role, "content": message["value"]}
 
 
-def missing_column(where: str, column: str, columns: Iterable[str]) -> InputError:
-    """The error for a corpus without the text column, naming those that it has."""
-    return InputError(f"corpus {where}: no column {column!r}; give --text-column one of {', '.join(map(str, columns))}")
+def missing_column(where: str, column: str, columns: Iterable[str], option: str = "text-column") -> InputError:
+    """The error for a corpus without the column that `option` names, naming those that it has."""
+    return InputError(f"corpus {where}: no column {column!r}; give --{option} one of {', '.join(map(str, columns))}")
 
 
 def _line_starts(path: Path) -> np.ndarray:

@@ -15,6 +15,9 @@ from autointerp.evidence.statistics import ChangeStatistics
 
 MIN_FIRINGS = 20
 """A latent that fired less often in the fit half is not tested: its row is mostly ridge."""
+MIN_SHARE = 1e-3
+"""Smallest share of what the first row of a pursuit explains that a further one must explain. Without noise everything
+is significant, also what the ridge leaves of large rows to latents that fire with them: some 1e-4 of those rows."""
 MIN_SIZE = 1e-3
 """Smallest write that counts, as a share of the root mean square change: below it lie rounding and ridge leaks."""
 
@@ -114,8 +117,9 @@ class FittedMap:
         return np.flatnonzero((np.nan_to_num(q, nan=1.0) <= level) & (self.size >= MIN_SIZE * rms))
 
     def pursue(self, candidates: np.ndarray, k: int) -> list[int]:
-        """Up to k tracked positions, greedily, each explaining most of what the ones before it leave (fit half)."""
-        return change_map.pursue(self.fit_half, candidates, k)
+        """Up to k tracked positions, greedily, each explaining most of what the ones before it leave (fit half), and
+        enough of it to matter."""
+        return change_map.pursue(self.fit_half, candidates, k, MIN_SHARE)
 
     def coverage(self, latents: Sequence[int]) -> list[float]:
         """Held-out share of Δx explained by the first 1, 2, … of `latents`; those outside the map add nothing."""
@@ -155,6 +159,10 @@ class FittedMap:
     def positions(self, latents: Sequence[int]) -> list[int]:
         """Which of `rows` belong to these latents, all of the map."""
         return [self._index[latent] for latent in latents]
+
+    def position(self, latent: int) -> int | None:
+        """Which of `rows` is a latent's; None where it is not of the map."""
+        return self._index.get(latent)
 
     def rows_of(self, latents: Sequence[int]) -> dict[int, Tensor]:
         """c_j [d] of each latent of the map among `latents`, fitted jointly for these alone: the k-row map whose

@@ -9,27 +9,32 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
+from autointerp.errors import InputError
 from autointerp.evidence.adapters import ADAPTERS
 from autointerp.evidence.collector import collect
 from autointerp.evidence.corpus import Corpus, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.directions import InMemory
+from autointerp.evidence.documents import DocumentSource
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.gradients import measure_gradients
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
 from autointerp.evidence.ngrams import ngrams
+from autointerp.evidence.outcomes import by_order, read_outcomes
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import replicas, tokens_per_batch
 from autointerp.evidence.predictions import Predictor
 from autointerp.evidence.rows import read_rows
 from autointerp.evidence.screening import Screen
-from autointerp.evidence.selection import SELECTORS, Selection, select
+from autointerp.evidence.selection import Given, Need, Selection, needs_of, select
 from autointerp.evidence.spool import Spool, open_scratch
 from autointerp.evidence.stream import Measured, Progress, measure
 from autointerp.evidence.tensor_files import BaseWeights
@@ -48,10 +53,18 @@ MIN_SCREEN_TOKENS = 8192
 class Evidence:
     """One run's evidence in the making. Close it, or use it as a context manager: it holds the spool."""
 
-    def __init__(self, run: Run, model: PairedModel, dictionary: Dictionary, corpus: Corpus, in_memory: bool = False):
+    def __init__(
+        self,
+        run: Run,
+        model: PairedModel,
+        dictionary: Dictionary,
+        corpus: Corpus,
+        in_memory: bool = False,
+        given: Given | None = None,
+    ):
         """Use `Evidence.load`. `in_memory`: the model is a user's own, and is run as it stands."""
         self.run, self.model, self.dictionary, self.corpus = run, model, dictionary, corpus
-        self.in_memory = in_memory
+        self.in_memory, self._given = in_memory, given or Given()
         self.decode: Callable[[int], str] = lru_cache(maxsize=None)(token_texts(corpus.tokenizer))
         self._open = ExitStack()
         self._spool: Spool | None = None
@@ -76,13 +89,13 @@ class Evidence:
 
         `pair` and `tokenizer` are a model in memory, for a training callback; otherwise they are loaded from the run.
         """
-        for name in run.settings.selector:
-            SELECTORS.get(name)
+        check_given(run)
         documents = open_corpus(run.corpus or "", run.text_column)
         open_scratch(run.settings.scratch).close()
         device = str(torch_device(run.settings.device))
         dictionary = load_dictionary(run.sae, device)
         run = run.with_hook(dictionary.hook)
+        given = _load_given(run, dictionary, documents, device)
         if pair is not None and tokenizer is not None:
             model = PairedModel(pair, run.hook or "", tokenizer)
         else:
@@ -99,17 +112,24 @@ class Evidence:
             documents, model.tokenizer, run.context_length, dictionary.prepend_bos, run.max_tokens, run.settings.seed
         )
         corpus.check()
-        return cls(run, model, dictionary, corpus, in_memory=pair is not None)
+        return cls(run, model, dictionary, corpus, pair is not None, given)
 
     def select(self, progress: Progress) -> tuple[Selection, list[Write]]:
         """Reads the corpus once and chooses; the selection, and what the rows of the selected latents write."""
         settings = self.run.settings
         measured = self._measure(progress)
         fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
-        choice = (settings.selector[0], settings.top, settings.fdr, settings.seed)
-        selection = select(measured, fitted, *choice, self.run, self.dictionary)
-        writes = read_rows(fitted, selection.latents, self.model, self.dictionary, measured.spool, self.decode)
-        self._spool, self._selection = measured.spool, selection
+        spool, given = measured.spool, replace(self._given, run=self.run, dictionary=self.dictionary)
+        if given.outcome is not None:
+            given = replace(given, outcome=by_order(given.outcome, (spool.place(s)[:2] for s in range(len(spool)))))
+        if "gradients" in needs_of(settings.selector):
+            tracked = measured.statistics.tracked
+            sums = measure_gradients(self.models, self.dictionary, spool, self.corpus.bos, tracked)
+            given = replace(given, gradients=sums)
+        first, *others = settings.selector
+        selection = select(measured, fitted, first, settings.top, settings.fdr, settings.seed, given, others)
+        writes = read_rows(fitted, selection.latents, self.model, self.dictionary, spool, self.decode)
+        self._spool, self._selection = spool, selection
         return selection, writes
 
     def fit(self, progress: Progress) -> tuple[FittedMap, Spool]:
@@ -132,6 +152,7 @@ class Evidence:
             screen,
             spool,
             tokens_per_batch=settings.tokens_per_batch or tokens_per_batch(self.model.device),
+            extras=[need for need in needs_of(settings.selector) if isinstance(need, type)],
             progress=progress,
         )
 
@@ -171,6 +192,45 @@ class Evidence:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+GIVEN_BY: dict[Need, str] = {"adapted dictionary": "sae_adapted", "outcome": "outcome_column"}
+"""The setting that gives what a selector needs beyond the statistics."""
+
+
+def check_given(run: Run) -> None:
+    """InputError for an unknown selector, one without what it needs, and for what none of them would read."""
+    for name in run.settings.selector:
+        for need in needs_of([name]):
+            if need in GIVEN_BY and getattr(run.settings, GIVEN_BY[need]) is None:
+                raise InputError(f"selector {name} needs one more thing: give --{_option(GIVEN_BY[need])}")
+    for need, setting in GIVEN_BY.items():
+        if getattr(run.settings, setting) is not None and need not in needs_of(run.settings.selector):
+            raise InputError(
+                f"--{_option(setting)} is read by no selector of {', '.join(run.settings.selector)}: add a --selector"
+                " that does, or leave it out"
+            )
+
+
+def _option(setting: str) -> str:
+    return setting.replace("_", "-")
+
+
+def _load_given(run: Run, dictionary: Dictionary, documents: DocumentSource, device: str) -> Given:
+    """What selectors of this run need beyond the statistics. The outcome is still in corpus order."""
+    settings, W_dec, outcome = run.settings, None, None
+    if settings.sae_adapted is not None:
+        adapted = load_dictionary(settings.sae_adapted, device)
+        if adapted.W_dec.shape != dictionary.W_dec.shape:
+            shapes = " and ".join(f"{d.d_sae} × {d.d_in}" for d in (adapted, dictionary))
+            raise InputError(
+                f"SAE {settings.sae_adapted}: not trained on from {run.sae}, their decoders are {shapes}; give"
+                " --sae-adapted a fine-tuned copy of --sae"
+            )
+        W_dec = adapted.W_dec
+    if settings.outcome_column is not None:
+        outcome = read_outcomes(documents, settings.outcome_column)
+    return Given(W_dec, outcome)
 
 
 def library_versions() -> dict[str, str]:

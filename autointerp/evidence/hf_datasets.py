@@ -35,7 +35,7 @@ class SavedDataset(Documents):
             raise InputError(f"corpus {path}: `datasets` cannot load it ({error}); save it again") from error
         table: Any = _only_split(self.name, loaded) if isinstance(loaded, datasets.DatasetDict) else loaded
         check_column(self.name, table.data.schema, text_column)
-        self._rows = table.select_columns([text_column])
+        self._table, self._rows = table, table.select_columns([text_column])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,6 +44,11 @@ class SavedDataset(Documents):
         return as_document(
             self._rows[int(index)][self.text_column], self.text_column, lambda: f"{self.name} row {index}"
         )
+
+    def column(self, name: str) -> list[Any]:
+        if name not in self._table.column_names:
+            raise missing_column(self.name, name, self._table.column_names, "outcome-column")
+        return list(self._table[name])
 
 
 class Stream(DocumentSource):

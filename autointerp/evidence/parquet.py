@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from autointerp.errors import InputError
-from autointerp.evidence.documents import Document, Documents, as_document, check_column
+from autointerp.evidence.documents import Document, Documents, as_document, check_column, missing_column
 
 HELD_BYTES = 64 << 20
 """Row groups held in memory; one that is larger by itself is decoded once into a temporary file and mapped."""
@@ -45,6 +45,15 @@ class Parquet(Documents):
         row = index - (self._ends[group - 1] if group else 0)
         value = self._column(group)[row].as_py()
         return as_document(value, self.text_column, lambda: f"{self.path} row {index}")
+
+    def column(self, name: str) -> list[Any]:
+        try:
+            with pq.ParquetFile(self.path) as file:
+                if name not in file.schema_arrow.names:
+                    raise missing_column(self.name, name, file.schema_arrow.names, "outcome-column")
+                return file.read(columns=[name]).column(0).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise _corrupt(self.path, error) from error
 
     def _column(self, group: int) -> pa.ChunkedArray:
         try:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from autointerp.errors import InputError
+from autointerp.evidence.extras import Extra
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.flattening import cut
+from autointerp.evidence.gradients import GradientSums
 from autointerp.evidence.stream import Measured
 from autointerp.records import Role
 from autointerp.registry import Registry
+from autointerp.run import AUTO_TOP
 
 if TYPE_CHECKING:
     from autointerp.evidence.dictionaries.base import Dictionary
@@ -35,6 +41,22 @@ class Ranking:
     """Latents that passed the selector's test; None where it has none."""
     note: str | None = None
     """What the selector has to say of its own reading, for people."""
+    figures: dict[str, float | None] = field(default_factory=dict)
+    """What else the selector says of the run."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What some selectors need beyond the statistics; None where none of the run's does."""
+
+    adapted_W_dec: Tensor | None = None
+    """Decoder rows of a dictionary fine-tuned on the adapted model [m, d]."""
+    outcome: np.ndarray | None = None
+    """A number for each document by its place in the shuffled corpus, NaN where it has none."""
+    gradients: GradientSums | None = None
+    run: Run | None = None
+    dictionary: Dictionary | None = None
+    """For selectors that read the adapter's files: what the statistics were made with."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +67,7 @@ class Question:
     top: int
     fdr: float
     seed: int
-    run: Run | None = None
-    dictionary: Dictionary | None = None
-    """For selectors that read the adapter's files: what `fitted` was made with."""
+    given: Given = Given()
 
 
 class Selector(Protocol):
@@ -57,6 +77,30 @@ class Selector(Protocol):
 
 
 SELECTORS: Registry[Selector] = Registry("selector", "autointerp.evidence.selectors")
+S = TypeVar("S", bound=Callable[..., Ranking])
+Need = type[Extra] | Literal["adapted dictionary", "outcome", "gradients"]
+"""Further sums over the corpus, by their class, or a thing of `Given`."""
+
+
+def needs(*what: Need) -> Callable[[S], S]:
+    """Decorator of a selector: what it wants of the question beyond the statistics that every run keeps."""
+
+    def declare(selector: S) -> S:
+        selector.needs = what  # pyright: ignore[reportFunctionMemberAccess]
+        return selector
+
+    return declare
+
+
+def needs_of(selectors: Iterable[str]) -> list[Need]:
+    """What the named selectors need, each thing once; InputError for a name that does not exist."""
+    return list(dict.fromkeys(need for name in selectors for need in getattr(SELECTORS.get(name), "needs", ())))
+
+
+def largest(change: np.ndarray, k: int) -> list[int]:
+    """The k latents of largest positive `change` [m], largest first."""
+    order = np.argsort(-np.nan_to_num(change), kind="stable")[:k]
+    return [int(latent) for latent in order if change[latent] > 0]
 
 
 @dataclass(frozen=True)
@@ -70,6 +114,8 @@ class Selection:
     figures: dict[str, float | int | str | None]
     """Columns of the store's `runs`."""
     fitted: FittedMap
+    rankings: dict[str, Ranking]
+    """What each selector that was asked says, the one that ranks first."""
 
 
 def state_of(fired_base: np.ndarray, fired_adapted: np.ndarray) -> np.ndarray:
@@ -85,24 +131,39 @@ def select(
     measured: Measured,
     fitted: FittedMap,
     selector: str,
-    top: int,
+    top: int | Literal["auto"],
     fdr: float,
     seed: int,
-    run: Run | None = None,
-    dictionary: Dictionary | None = None,
+    given: Given | None = None,
+    others: Sequence[str] = (),
 ) -> Selection:
-    """Asks the selector and lays its answer beside what the change map says of every latent."""
+    """Asks the selector and lays its answer beside what the change map says of every latent.
+
+    `others` are asked the same question for comparison; what columns they alone compute are taken over. top `auto`: see
+    flattening.py; each selector is cut by its own curve.
+    """
     if not 0 < fdr < 1:
         raise InputError(f"--fdr {fdr}: give a rate between 0 and 1, e.g. 0.05")
-    ranking = SELECTORS.get(selector)(Question(fitted, top, fdr, seed, run, dictionary))
+    question = Question(fitted, AUTO_TOP if top == "auto" else top, fdr, seed, given or Given())
+    rankings = {name: SELECTORS.get(name)(question) for name in dict.fromkeys((selector, *others))}
+    if top == "auto":
+        rankings = {name: cut(ranking, fitted.coverage(ranking.latents)) for name, ranking in rankings.items()}
+    ranking = rankings[selector]
     curve = fitted.coverage(ranking.latents)
     return Selection(
         latents=ranking.latents,
         roles=ranking.roles,
-        columns=_columns(measured, fitted, ranking, curve),
+        columns=_foreign(rankings) | _columns(measured, fitted, ranking, curve),
         figures=_figures(measured, fitted, ranking, curve, seed),
         fitted=fitted,
+        rankings=rankings,
     )
+
+
+def _foreign(rankings: Mapping[str, Ranking]) -> dict[str, np.ndarray]:
+    """Columns of `latents` that mean the same whichever selector ranks, of all that were asked."""
+    columns = [ranking.columns for ranking in rankings.values()]
+    return {name: column for own in columns for name, column in own.items() if name not in ("statistic", "q_value")}
 
 
 def _columns(measured: Measured, fitted: FittedMap, ranking: Ranking, curve: list[float]) -> dict[str, np.ndarray]:

@@ -7,7 +7,9 @@ and O(p²) for the p latents that the change map tracks; nothing grows with the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,11 @@ from scipy.sparse import csr_matrix, vstack
 
 from autointerp.evidence.change_map import Moments
 from autointerp.evidence.corpus import fit_rows
+
+if TYPE_CHECKING:
+    from autointerp.evidence.extras import Extra
+
+E = TypeVar("E", bound="Extra")
 
 N_DECOYS = 8
 """Sign-flipped copies of the change. At a false discovery rate of 5 %, halved for each of two tests, 40/N_DECOYS
@@ -227,8 +234,10 @@ class ChangeStatistics:
     m latents in all, of which the p in `tracked` enter the change map (all of them where m² fits; see screening.py).
     """
 
-    def __init__(self, m: int, d: int, tracked: np.ndarray, seed: int):
+    def __init__(self, m: int, d: int, tracked: np.ndarray, seed: int, extras: Iterable[type[Extra]] = ()):
+        """extras: kinds of further sums to keep; see extras.py."""
         self.m, self.d, self.seed = m, d, seed
+        self.extras = {kind: kind(m) for kind in extras}
         self.tracked = np.asarray(tracked, dtype=np.int64)
         self.n_tokens = 0
         self.base = LatentMoments(m)
@@ -258,6 +267,8 @@ class ChangeStatistics:
         self.base.add(codes.base)
         self.adapted.add(codes.adapted)
         change = self.stream.add(codes, W_dec, b_dec)
+        for extra in self.extras.values():
+            extra.add(codes, W_dec)
         if len(self.tracked):
             self.map(codes.base, change, codes.order, codes.position, codes.place)
 
@@ -283,16 +294,20 @@ class ChangeStatistics:
             if mine.any():
                 half.add(tracked[mine], change[mine], place[mine], signs[mine, :n_decoys])
 
+    def extra(self, kind: type[E]) -> E:
+        """The further sums of one kind, which were asked for when this was made."""
+        return self.extras[kind]  # pyright: ignore[reportReturnType] - kept by kind
+
     def __add__(self, other: ChangeStatistics) -> ChangeStatistics:
-        if (self.m, self.d, self.seed) != (other.m, other.d, other.seed) or not np.array_equal(
-            self.tracked, other.tracked
-        ):
-            raise ValueError("statistics of different dictionaries, seeds or tracked latents do not add up")
+        mine, theirs = ((s.m, s.d, s.seed, s.extras.keys()) for s in (self, other))
+        if mine != theirs or not np.array_equal(self.tracked, other.tracked):
+            raise ValueError("statistics of different dictionaries, seeds, extras or tracked latents do not add up")
         result = ChangeStatistics(self.m, self.d, self.tracked[:0], self.seed)
         result.tracked = self.tracked
         for name in ("n_tokens", "base", "adapted", "stream"):
             setattr(result, name, getattr(self, name) + getattr(other, name))
         result._fit, result._held = self.fit + other.fit, self.held + other.held
+        result.extras = {kind: extra + other.extras[kind] for kind, extra in self.extras.items()}
         return result
 
     def tracking(self, tracked: np.ndarray) -> ChangeStatistics:
@@ -300,6 +315,7 @@ class ChangeStatistics:
         result = ChangeStatistics(self.m, self.d, tracked, self.seed)
         for name in ("n_tokens", "base", "adapted", "stream"):
             setattr(result, name, getattr(self, name))
+        result.extras = self.extras
         return result
 
     def fit_fired(self) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from scipy.sparse import csr_matrix
 
 from autointerp.evidence.corpus import Batch, Corpus
 from autointerp.evidence.dictionaries.base import Dictionary
+from autointerp.evidence.extras import Extra
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import in_order
 from autointerp.evidence.screening import Screen
@@ -102,16 +103,17 @@ def measure(
     spool: Spool,
     *,
     tokens_per_batch: int = 4096,
+    extras: Iterable[type[Extra]] = (),
     progress: Progress = lambda _n: None,
 ) -> Measured:
     """Reads the corpus once. `screen` says which latents enter the change map; the spool is filled, not closed.
 
-    models: replicas of one pair, each of which reads a batch at a time; see `in_order`.
+    models: replicas of one pair, each of which reads a batch at a time; see `in_order`. extras: further sums to keep.
     """
     with closing(corpus.batches(tokens_per_batch)) as batches:
         head: list[PairedBatch] = []
         in_order(read, head.append, models, _head(batches))
-        pass_ = _Pass(dictionary, screen, spool, corpus)
+        pass_ = _Pass(dictionary, screen, spool, corpus, extras)
         limit = OUTLIER * median_norm(head)
 
         def coded(model: PairedModel, batch: Batch | PairedBatch) -> CodedBatch:
@@ -160,14 +162,16 @@ def _chained(head: list[PairedBatch], batches: Iterator[Batch]) -> Iterator[Pair
 class _Pass:
     """The state of one pass: the screen until it has chosen, the statistics from then on."""
 
-    def __init__(self, dictionary: Dictionary, screen: Screen, spool: Spool, corpus: Corpus):
+    def __init__(
+        self, dictionary: Dictionary, screen: Screen, spool: Spool, corpus: Corpus, extras: Iterable[type[Extra]]
+    ):
         self.dictionary, self.screen, self.spool, self.piece = dictionary, screen, spool, corpus.piece
         self.W_dec = dictionary.W_dec.float().cpu().numpy()
         self.b_dec = dictionary.b_dec.float().cpu().numpy()
         self.docs: set[int] = set()
         m, d = self.W_dec.shape
         tracked = screen.tracked if screen.done else np.zeros(0, np.int64)
-        self.statistics = ChangeStatistics(m, d, tracked, corpus.seed)
+        self.statistics = ChangeStatistics(m, d, tracked, corpus.seed, extras)
 
     def add(self, coded: CodedBatch, progress: Progress) -> None:
         batch, codes = coded.batch, coded.codes

@@ -16,7 +16,7 @@ from autointerp.evidence.units import describe, lora_components
 from autointerp.evidence.weights_only import Change, Streamer, WeightScores, read_weights, score
 from autointerp.evidence.wiring import Wiring
 from autointerp.records import Role, Unit, Write
-from autointerp.run import Run
+from autointerp.run import AUTO_TOP, Run
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class WeightsEvidence:
     @classmethod
     def load(cls, run: Run) -> WeightsEvidence:
         """Reads the adapter, and of the base what it takes, if it is here. InputError in one line."""
+        if run.settings.top == "auto":
+            raise InputError("--top auto follows the coverage curve, which takes a corpus: give --top a number")
         directions = open_directions(run.sae)
         run = run.with_hook(directions.hook)
         return cls(run, directions, *read_weights(run, directions))
@@ -55,7 +57,8 @@ class WeightsEvidence:
         """Goes through the dictionary once and chooses."""
         settings, m = self.run.settings, self.directions.m
         scores = score(self._change, self.directions, self._streamer.wiring.layer_norm)
-        ranking = rank(scores, self._change, settings.top, settings.fdr)
+        top = AUTO_TOP if settings.top == "auto" else settings.top
+        ranking = rank(scores, self._change, top, settings.fdr)
         rank_of, role = np.full(m, np.nan), np.full(m, None, dtype=object)
         rank_of[ranking.latents] = np.arange(1, len(ranking.latents) + 1)
         role[ranking.latents] = ranking.roles

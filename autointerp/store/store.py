@@ -136,6 +136,15 @@ class Store:
             Statement("DELETE FROM latents WHERE run_id = ?", [run_id]), Upsert(self._tables["latents"], table)
         )
 
+    def write_selector_ranks(self, run_id: str, selector: str, columns: Mapping[str, np.ndarray]) -> Future[None]:
+        """Insert or replace what one selector says of latents: arrays `latent`, `change`, `statistic`, `rank`, all [n].
+
+        NaN is stored as NULL.
+        """
+        n = len(columns["latent"])
+        arrays = {name: pa.array(column, from_pandas=True) for name, column in columns.items()}
+        return self.upsert("selector_ranks", pa.table({"run_id": [run_id] * n, "selector": [selector] * n} | arrays))
+
     def write_writes(self, run_id: str, writes: Iterable[Write], latents: Iterable[int] | None = None) -> Future[None]:
         """Replace the writes of the latents named in `writes`; of all `latents` where given, also those without any."""
         rows = [_row(run_id, write, _WRITE_COLUMNS) for write in writes]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from autointerp.evidence.extras import Extra
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
 from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
@@ -46,10 +48,12 @@ class Stream:
             place=place_of(tokens - first, PIECE),
         )
 
-    def statistics(self, *batches: np.ndarray, tracked: np.ndarray | None = None) -> ChangeStatistics:
+    def statistics(
+        self, *batches: np.ndarray, tracked: np.ndarray | None = None, extras: Iterable[type[Extra]] = ()
+    ) -> ChangeStatistics:
         """Statistics of the tokens in `batches`, added one after the other; of all in one when none is given."""
         m, d = self.W_dec.shape
-        statistics = ChangeStatistics(m, d, np.arange(m) if tracked is None else tracked, seed=0)
+        statistics = ChangeStatistics(m, d, np.arange(m) if tracked is None else tracked, 0, extras)
         for tokens in batches or (np.arange(len(self.order)),):
             statistics.add(self.codes(tokens), self.W_dec, np.zeros(d, np.float32))
         return statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from autointerp.evidence.dictionaries.base import Dictionary
+from autointerp.evidence.extras import Extra
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.gather import Evidence
 from autointerp.evidence.screening import Screen
@@ -61,15 +63,20 @@ class Recording:
         return np.diff(self.z.tocsc().indptr) / len(self.change)
 
     def statistics(
-        self, change: np.ndarray, tracked: np.ndarray | None = None, seed: int = 0, encode: bool = True
+        self,
+        change: np.ndarray,
+        tracked: np.ndarray | None = None,
+        seed: int = 0,
+        encode: bool = True,
+        extras: Iterable[type[Extra]] = (),
     ) -> ChangeStatistics:
-        """The statistics of this text had the adapter written `change` [n, d].
+        """The statistics of this text had the adapter written `change` [n, d]; see `ChangeStatistics` for `extras`.
 
         The adapted side, which the change map does not ask for, is encoded anew or, without `encode`, left as base.
         """
         m, d = self.dictionary.W_dec.shape
         tracked = np.arange(m) if tracked is None else tracked
-        statistics = ChangeStatistics(m, d, tracked, seed)
+        statistics = ChangeStatistics(m, d, tracked, seed, extras)
         W_dec, b_dec = self.W_dec, self.dictionary.b_dec.float().cpu().numpy()
         for begin in range(0, len(change), CHUNK):
             at = slice(begin, begin + CHUNK)
@@ -86,9 +93,12 @@ class Recording:
             statistics.add(codes, W_dec, b_dec)
         return statistics
 
-    def fitted(self, change: np.ndarray, seed: int = 0, encode: bool = True) -> FittedMap:
+    def fitted(
+        self, change: np.ndarray, seed: int = 0, encode: bool = True, extras: Iterable[type[Extra]] = ()
+    ) -> FittedMap:
         """The change map of `statistics(change)`."""
-        return FittedMap(self.statistics(change, seed=seed, encode=encode), self.dictionary.W_dec)
+        statistics = self.statistics(change, seed=seed, encode=encode, extras=extras)
+        return FittedMap(statistics, self.dictionary.W_dec)
 
 
 def record(run: Run, max_tokens: int, scratch: Path | None = None) -> Recording:

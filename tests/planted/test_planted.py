@@ -5,20 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from autointerp.evidence.change_map import decompose
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
 from tests.planted.recording import Recording
-
-N_PLANTED = 20
-
-
-def planted(recording: Recording, seed: int, n: int = N_PLANTED) -> np.ndarray:
-    """Latents that fire neither rarely nor always."""
-    rate = recording.rate()
-    pool = np.flatnonzero((rate > 0.002) & (rate < 0.05))
-    return np.random.default_rng(seed).permutation(pool)[:n]
+from tests.planted.truths import N_PLANTED, false_share, gained, paired, planted, recovered
 
 
 def chosen(recording: Recording, change: np.ndarray, seed: int = 0, encode: bool = False) -> tuple[Ranking, FittedMap]:
@@ -30,10 +21,10 @@ def chosen(recording: Recording, change: np.ndarray, seed: int = 0, encode: bool
 def test_gains(recording: Recording, gain: float, n: int) -> None:
     """Latents that write so much more, or nothing any more; a few are found as well as many."""
     truth = planted(recording, n, n)
-    change = recording.noise + gain * (recording.z[:, truth] @ recording.W_dec[truth])
+    change = recording.noise + gained(recording, truth, gain)
     found = set(chosen(recording, change)[0].latents)
     assert len(found & set(truth.tolist())) >= 0.95 * n
-    assert len(found - set(truth.tolist())) <= 0.1 * len(found)
+    assert false_share(found, set(truth.tolist())) <= 0.1
 
 
 def test_quiet_gains_beside_loud_ones(recording: Recording) -> None:
@@ -47,24 +38,46 @@ def test_quiet_gains_beside_loud_ones(recording: Recording) -> None:
     assert len(found - set(truth.tolist())) <= 0.1 * len(found)
 
 
-def test_writes(recording: Recording) -> None:
-    """When latent j fires, its partner's direction is written with the partner's mean firing activation."""
+def test_gains_without_noise(recording: Recording) -> None:
+    """Where everything is significant, what the ridge leaves to latents that fire with the planted ones is too small to
+    matter."""
+    truth = planted(recording, 0)
+    ranking, fitted = chosen(recording, gained(recording, truth, 0.25))
+    assert set(ranking.latents) == set(truth.tolist())
+    assert ranking.n_pass is not None
+    assert ranking.n_pass > 2 * N_PLANTED, "the tests alone do not tell them apart"
+    assert fitted.coverage(ranking.latents)[-1] > 0.99
+    directions = fitted.W_dec
+    gains = [
+        float(row @ directions[j] / directions[j].square().sum()) for j, row in fitted.rows_of(truth.tolist()).items()
+    ]
+    np.testing.assert_allclose(gains, 0.25, atol=0.05)  # the ridge's
+
+
+@pytest.mark.parametrize(("noise", "proportional"), [(True, True), (False, True), (True, False)])
+def test_writes(recording: Recording, noise: bool, proportional: bool) -> None:
+    """When latent j fires, its partner's direction is written: as strongly as j fires, or all or nothing."""
     both = planted(recording, 0, 2 * N_PLANTED)
     readers, partners = both[:N_PLANTED], both[N_PLANTED:]
-    z = recording.z.tocsc()
-    strength = np.array([z[:, j].data.mean() for j in partners])
-    fires = (recording.z[:, readers] > 0).astype(np.float32)
-    change = recording.noise + fires @ (strength[:, None] * recording.W_dec[partners])
+    change = paired(recording, readers, partners, proportional) + noise * recording.noise
     ranking, fitted = chosen(recording, change)
-    rows = fitted.rows_of(ranking.latents)
-    recovered = 0
-    for j, partner in zip(readers.tolist(), partners.tolist(), strict=True):
-        if j in rows:
-            (first, size), *_ = [*decompose(rows[j], fitted.W_dec, 6, own=j)[1:], (-1, 0.0)]
-            recovered += first == partner and size > 0
-    assert recovered >= 0.75 * N_PLANTED
+    assert recovered(fitted, ranking.latents, readers, partners) >= 18
     # A write of one size is no multiple of the reader's activation: latents that fire with it stand for the rest.
-    assert len(set(ranking.latents) - set(readers.tolist())) <= 0.3 * len(ranking.latents)
+    assert false_share(set(ranking.latents), set(readers.tolist())) <= (0.1 if proportional else 0.3)
+
+
+def test_task_arithmetic(recording: Recording) -> None:
+    """Of two changes with planted gains in common, the sum adds them, and the difference takes them away again."""
+    latents = planted(recording, 5, 15)
+    only_a, shared, only_b = latents[:5], latents[5:10], latents[10:]
+    a = gained(recording, np.concatenate([only_a, shared]), 0.5)
+    b = gained(recording, np.concatenate([shared, only_b]), 0.5)
+    wanted = {1: (0.5, 1.0, 0.5), -1: (0.5, 0.0, -0.5)}
+    for sign, gains in wanted.items():
+        ranking, fitted = chosen(recording, recording.noise + a + sign * b)
+        for group, gain in zip((only_a, shared, only_b), gains, strict=True):
+            np.testing.assert_allclose(fitted.gains[fitted.positions(group.tolist())], gain, atol=0.15)
+            assert len(set(group.tolist()) & set(ranking.latents)) == (5 if gain else 0)
 
 
 def test_noise_alone_selects_nothing(recording: Recording) -> None:

@@ -12,9 +12,10 @@ from autointerp.evidence.weights_only import read_weights, score
 @SELECTORS.register("weights")
 def weights(question: Question) -> Ranking:
     """By the adapter's files; InputError, in one line, where its weights do not say."""
-    if question.run is None or question.dictionary is None:
+    run, dictionary = question.given.run, question.given.dictionary
+    if run is None or dictionary is None:
         raise ValueError("the weights selector reads the run's adapter and dictionary")
-    directions = InMemory(question.dictionary)
-    change, streamer = read_weights(question.run, directions)
+    directions = InMemory(dictionary)
+    change, streamer = read_weights(run, directions)
     scores = score(change, directions, streamer.wiring.layer_norm)
     return rank(scores, change, question.top, question.fdr)
