@@ -12,6 +12,7 @@ from typing import Literal
 State = Literal["live", "dead", "revived", "silenced"]
 Role = Literal["read", "written", "static"]
 ContextKind = Literal["top", "top_base", "gain", "loss", "quantile", "silent"]
+Foil = Literal["token", "cofiring", "neighbour"]
 Split = Literal["explain", "score"]
 WriteKind = Literal["raises", "lowers", "promotes", "suppresses"]
 LabelStatus = Literal["ok", "known", "refused", "failed"]
@@ -42,6 +43,10 @@ class Context:
     act_adapted: tuple[float, ...]
     peak: int
     """Index of the peak within `tokens`."""
+    foil: Foil | None = None
+    """Why a silent context is a near miss; None for one drawn at random, and for firing ones. At the peak, `token`: the
+    token on which the latent mostly fires; `cofiring`: a latent fires that often fires together with this one;
+    `neighbour`: the latent fires whose decoder row is nearest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +132,14 @@ class Score:
     labeler: str
     scorer: str
     value: float | None
-    """Balanced accuracy in [0, 1]; None when nothing could be scored."""
+    """On the scorer's own scale, 1 is perfect: a balanced accuracy, a share of right answers or an area under a ROC
+    curve in [0, 1], a correlation in [−1, 1]. None when nothing could be scored."""
     ci_low: float | None
     ci_high: float | None
+    """95 % interval."""
     null_value: float | None
     """The same scorer given another latent's label; None when there is no other label."""
     n_examples: int
+    """Examples that it took: buying stops when the interval has decided."""
     n_missing: int
+    """Examples asked about without a usable answer."""
