@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from autointerp.labeling.prompts import mark, quote
-from autointerp.records import ACTIVATING_KINDS, Context, ContextKind, Foil, LatentEvidence, Split
+from autointerp.records import ACTIVATING_KINDS, Context, ContextKind, Foil, LatentEvidence, Prediction, Split
 
 BEFORE, AFTER = 15, 6
 """Tokens shown before and after the peak."""
@@ -117,3 +117,14 @@ def _distinct(contexts: Iterable[Context]) -> list[Window]:
             texts.add(window.tokens)
             windows.append(window)
     return windows
+
+
+def likeliest(predictions: Iterable[Prediction], n: int) -> str:
+    """The `n` most probable next tokens, quoted, with their probabilities in percent."""
+    ranked = sorted(predictions, key=lambda p: p.rank)[:n]
+    return ", ".join(f"{quote_token(p.token)} {100 * p.probability:.0f} %" for p in ranked)
+
+
+def quote_token(token: str) -> str:
+    """A token between double quotes."""
+    return '"' + quote(token).replace('"', '\\"') + '"'

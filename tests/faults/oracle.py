@@ -7,6 +7,7 @@ what stands before them, and judges by looking for the phrases that a label name
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -39,7 +40,9 @@ def yes_sayer(system: str, user: str) -> str:
     windows = _windows(user)
     if '"fires"' in system or '"right"' in system:
         return json.dumps({"fires" if '"fires"' in system else "right": [1] * len(windows)})
-    return oracle(system, user)
+    if '"after"' in system:
+        return json.dumps({"after": ["A"] * len(_pairs(user))})
+    return json.dumps({"intruder": 1}) if '"intruder"' in system else oracle(system, user)
 
 
 def _answer(system: str, user: str) -> dict:
@@ -48,7 +51,28 @@ def _answer(system: str, user: str) -> dict:
         return {"fires": [int(any(phrase in window for phrase in named)) for window in _windows(user)]}
     if '"right"' in system:
         return {"right": [int(_marked(w) != [] and set(_marked(w)) <= set(named)) for w in _windows(user)]}
+    if '"intruder"' in system:
+        fits = [any(phrase in window for phrase in named) for window in _windows(user)]
+        return {"intruder": [*fits, False].index(False) % len(fits) + 1} if fits else {}
+    if '"after"' in system:
+        pushed = re.findall(r"`([^`]+)`", user.splitlines()[0])
+        return {"after": ["AB"[_rank(a, pushed) > _rank(b, pushed)] for a, b in _pairs(user)]}
+    if '"1": 0' in system:
+        words = ["", *(token.strip() for token in re.findall(r"^\d+\t(.*)$", user, re.MULTILINE))]
+        pairs = [f"{before} {word}" for before, word in itertools.pairwise(words)]
+        return {str(i): round(0.9 * int(named.get(pair, 0))) for i, pair in enumerate(pairs, start=1)}
     return _label(user)
+
+
+def _pairs(user: str) -> list[tuple[str, str]]:
+    """The two lists of each text."""
+    return list(zip(*(re.findall(rf"^\d+ {side}: (.*)$", user, re.MULTILINE) for side in "AB"), strict=True))
+
+
+def _rank(listed: str, pushed: list[str]) -> int:
+    """Place of the first pushed token in a list; past its end where there is none."""
+    tokens = re.findall(r'"([^"]*)"', listed)
+    return min((tokens.index(token) for token in pushed if token in tokens), default=len(tokens))
 
 
 def _windows(user: str) -> list[str]:

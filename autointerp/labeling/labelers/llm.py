@@ -12,7 +12,7 @@ from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.faults import Terminal
 from autointerp.labeling.llm.provider import Planned, Request
 from autointerp.labeling.prompts import Prompts, quote
-from autointerp.labeling.windows import Window, firing_windows, silent_windows
+from autointerp.labeling.windows import Window, firing_windows, likeliest, quote_token, silent_windows
 from autointerp.records import Label, LatentEvidence, Prediction, Write, WriteKind
 
 NO_PATTERN = "no clear pattern"
@@ -20,7 +20,7 @@ MAX_WORDS = 8
 MAX_OUTPUT_TOKENS = 320
 TYPICAL_OUTPUT_TOKENS = 95
 
-N_FIRING, N_TOP, N_SILENT, N_PEAKS = 10, 4, 5, 3
+N_FIRING, N_TOP, N_SILENT, N_PEAKS, N_LIKELIEST = 10, 4, 5, 3, 3
 _SHOWN: dict[WriteKind, int] = {"promotes": 6, "suppresses": 5, "raises": 3, "lowers": 3}
 _SHARE_OF_STRONGEST = 0.1
 
@@ -158,7 +158,7 @@ _STATES = {
 
 def _item(write: Write) -> str:
     if write.target_latent is None:
-        return f"{_token(write.target_token or '')} {write.weight:+.2f}"
+        return f"{quote_token(write.target_token or '')} {write.weight:+.2f}"
     hint = f" (pushes {quote(write.target_hint)})" if write.target_hint else ""
     return f"{write.target_latent}{hint} {write.weight:+.2f}"
 
@@ -172,14 +172,5 @@ def _predictions(evidence: LatentEvidence, firing: list[Window]) -> list[dict[st
             if prediction.context_id == window.context.context_id:
                 sides[prediction.side].append(prediction)
         if all(sides.values()) and len(lines) < N_PEAKS:
-            lines.append({"number": number, **{side: _likeliest(found) for side, found in sides.items()}})
+            lines.append({"number": number, **{side: likeliest(found, N_LIKELIEST) for side, found in sides.items()}})
     return lines
-
-
-def _likeliest(predictions: list[Prediction], n: int = 3) -> str:
-    ranked = sorted(predictions, key=lambda p: p.rank)[:n]
-    return ", ".join(f"{_token(p.token)} {100 * p.probability:.0f} %" for p in ranked)
-
-
-def _token(token: str) -> str:
-    return '"' + quote(token).replace('"', '\\"') + '"'
