@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +85,6 @@ def estimate_job(job: Job) -> dict[str, Any]:
 
     Exact evidence where the store holds it, else a typical latent, --top times. Spends and stores nothing.
     """
-    from dataclasses import asdict
-
     from autointerp.labeling.llm.estimate import estimate
 
     check_scorers(job)
@@ -195,12 +193,14 @@ async def _select(job: Job, evidence: Evidence, store: Store, stop: Stop, report
         reporter.advance("tokens", n)
 
     selection, writes = await asyncio.to_thread(evidence.select, progress)
+    decoder = await asyncio.to_thread(evidence.decoder_tokens)
     reporter.finish("tokens")
     run_id = job.run.run_id
-    for table in ("latents", "writes", "contexts", "predictions"):
+    for table in ("latents", "writes", "decoder_tokens", "contexts", "predictions"):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
     store.write_writes(run_id, writes)
+    store.upsert("decoder_tokens", [{"run_id": run_id, **asdict(token)} for token in decoder])
     store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select"}])
     await store.aflush()
 

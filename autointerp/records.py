@@ -69,6 +69,19 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderToken:
+    """A token that a latent's own decoder row makes more or less probable next, in the base model."""
+
+    latent: int
+    kind: Literal["promotes", "suppresses"]
+    token: str
+    weight: float
+    """Logit of the token when the row alone is put through the final norm and the unembedding, less that of nothing."""
+    rank: int
+    """1 is the strongest of its kind."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """Most probable next tokens at the peak of a context."""
 
@@ -101,6 +114,7 @@ class LatentEvidence:
     contexts: tuple[Context, ...]
     writes: tuple[Write, ...] = ()
     predictions: tuple[Prediction, ...] = ()
+    decoder: tuple[DecoderToken, ...] = ()
 
     def of(self, split: Split, *kinds: ContextKind) -> tuple[Context, ...]:
         """Contexts of one split; of all kinds when none is named. In order of context_id."""

@@ -19,18 +19,19 @@ from autointerp.evidence.corpus import Corpus, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.foils import partners
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import replicas, tokens_per_batch
 from autointerp.evidence.predictions import Predictor
-from autointerp.evidence.rows import read_rows
+from autointerp.evidence.rows import decoder_tokens, read_rows
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import SELECTORS, Selection, select
 from autointerp.evidence.spool import Spool, open_scratch
 from autointerp.evidence.stream import Progress, measure
 from autointerp.evidence.token_text import token_texts
-from autointerp.records import Context, Prediction, Write
+from autointerp.records import Context, DecoderToken, Prediction, Write
 from autointerp.run import Run
 
 if TYPE_CHECKING:
@@ -110,6 +111,12 @@ class Evidence:
         self._spool, self._selection = spool, selection
         return selection, writes
 
+    def decoder_tokens(self) -> list[DecoderToken]:
+        """What the selected latents' own decoder rows push towards."""
+        if self._spool is None or self._selection is None:
+            raise RuntimeError("select first")
+        return decoder_tokens(self._selection.latents, self.model, self.dictionary, self._spool, self.decode)
+
     async def contexts(self) -> AsyncIterator[tuple[int, list[Context], list[Prediction]]]:
         """(latent, contexts, predictions) of the selected latents in rank order, each as soon as it stands."""
         if self._spool is None or self._selection is None:
@@ -118,7 +125,8 @@ class Evidence:
         revived = {latent for latent in self._selection.latents if states[latent] == "revived"}
         predictor = Predictor(self.models, self._spool, self.corpus.bos, self.decode)
         latents, seed = self._selection.latents, self.run.settings.seed
-        async for group in collect(self._spool, self.dictionary, latents, revived, self.decode, seed):
+        partnered = await asyncio.to_thread(partners, self._selection.fitted, latents)
+        async for group in collect(self._spool, self.dictionary, latents, revived, self.decode, seed, partnered):
             predictions = await asyncio.to_thread(predictor.predict, [c for found in group.values() for c in found])
             for latent, found in group.items():
                 yield latent, found, [p for p in predictions if p.latent == latent]

@@ -21,6 +21,7 @@ _TABLES = (
     "runs",
     "latents",
     "writes",
+    "decoder_tokens",
     "contexts",
     "predictions",
     "labels",

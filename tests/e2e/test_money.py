@@ -185,7 +185,8 @@ def test_a_dry_run_spends_nothing_and_brackets_the_bill(
         assert server.requests == []
         assert copied.db.read_bytes() == before
         assert shell(*copied.args(labeler=MODELS[provider])).status == 0
-        assert (plan["latents"], plan["calls"]) == (K, len(server.requests))
+        assert plan["latents"] == K
+        assert len(server.requests) <= plan["calls"], "a score is bought no further than it takes to decide"
         assert plan["usd_low"] <= server.server.bill.usd <= plan["usd_high"] < 8 * plan["usd_low"]
         left = json.loads(shell(*copied.args(labeler=MODELS[provider], dry_run=True, json=True)).out)
         assert (left["calls"], left["usd_high"]) == (0, 0)

@@ -24,7 +24,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("SELECT latent FROM changed_latents ORDER BY rank;", 3),
         ("FROM runs", 1),
         ("WITH a AS (SELECT 1) SELECT * FROM a", 1),
-        ("SHOW TABLES", 12),
+        ("SHOW TABLES", 14),
         ("DESCRIBE changed_latents", 15),
         ("EXPLAIN SELECT 1", 1),
         ("PIVOT (SELECT state, role, latent FROM latents) ON state USING sum(latent)", 1),

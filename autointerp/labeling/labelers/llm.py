@@ -20,7 +20,7 @@ MAX_WORDS = 8
 MAX_OUTPUT_TOKENS = 320
 TYPICAL_OUTPUT_TOKENS = 95
 
-N_FIRING, N_TOP, N_SILENT, N_PEAKS, N_LIKELIEST = 10, 4, 5, 3, 3
+N_FIRING, N_TOP, N_SILENT, N_PEAKS, N_LIKELIEST, N_DECODER = 10, 4, 6, 3, 3, 5
 _SHOWN: dict[WriteKind, int] = {"promotes": 6, "suppresses": 5, "raises": 3, "lowers": 3}
 _SHARE_OF_STRONGEST = 0.1
 
@@ -102,6 +102,7 @@ def explain_request(prompts: Prompts, evidence: LatentEvidence, shorter: bool = 
         "explain",
         firing=[{"strengths": window.strengths(largest), "text": window.marked()} for window in firing],
         silent=[window.plain() for window in silent_windows(evidence, "explain", N_SILENT // share)],
+        decoder=_decoder(evidence),
         writes=_writes(evidence),
         predictions=_predictions(evidence, firing),
     )
@@ -113,11 +114,13 @@ def parse_explanation(answer: dict[str, Any]) -> Explanation:
     said = Explanation(*(_words(answer, name) for name in ("label", "explanation", "effect")))
     if not said.label or not said.explanation:
         raise ValueError("label and explanation must not be empty")
-    n_words = len(said.label.split())
-    if n_words > MAX_WORDS + 4:  # a little over is no reason to pay twice
-        raise ValueError(f"the label has {n_words} words, at most {MAX_WORDS} are allowed")
+    words = said.label.split()
+    if len(words) > MAX_WORDS + 4:
+        raise ValueError(f"the label has {len(words)} words, at most {MAX_WORDS} are allowed")
     if said.label.casefold().rstrip(".") == NO_PATTERN:
         return Explanation(NO_PATTERN, said.explanation, said.effect)
+    if len(words) > MAX_WORDS:  # a little over is no reason to pay twice: the explanation says the whole
+        return Explanation(" ".join(words[:MAX_WORDS]) + " …", said.explanation, said.effect)
     return said
 
 
@@ -126,6 +129,16 @@ def _words(answer: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name!r} must be a string")
     return " ".join("".join(c if c.isprintable() else " " for c in value).split())
+
+
+def _decoder(evidence: LatentEvidence) -> list[dict[str, str]]:
+    """What the latent's own direction pushes towards, one line of the prompt for each kind."""
+    lines: list[dict[str, str]] = []
+    for kind in ("promotes", "suppresses"):
+        tokens = [d.token for d in sorted(evidence.decoder, key=lambda d: d.rank) if d.kind == kind][:N_DECODER]
+        if tokens:
+            lines.append({"what": kind, "tokens": ", ".join(map(quote_token, tokens))})
+    return lines
 
 
 def _writes(evidence: LatentEvidence) -> list[dict[str, str]]:
