@@ -163,6 +163,7 @@ async def _work(job: Job, evidence: Evidence | None, store: Store, stop: Stop, r
                 stop.on_ask.append(engine.stopping.set)
             await work.label(evidence.contexts() if evidence is not None else None)
             await work.score()
+            await work.summarise()
         finally:
             if engine is not None:
                 await engine.aclose()

@@ -157,3 +157,48 @@ class Score:
     """Examples that it took: buying stops when the interval has decided."""
     n_missing: int
     """Examples asked about without a usable answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One labelled latent, as a summary of the run reads it."""
+
+    latent: int
+    rank: int
+    change: float | None
+    gain: float | None
+    label: str
+    explanation: str
+    effect: str
+    score: float | None
+    """Of the best scorer of its label."""
+    null_score: float | None
+    promotes: tuple[str, ...] = ()
+    """Tokens that the adapter makes more probable when it fires, strongest first."""
+    suppresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One sentence of a summary, and the latents that it rests on: at least one, all among the labelled ones."""
+
+    text: str
+    latents: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.text} [{', '.join(map(str, self.latents))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What the training changed, in a few sentences."""
+
+    labeler: str
+    status: LabelStatus
+    sentences: tuple[Sentence, ...] = ()
+    error: str | None = None
+    prompt_sha256: str | None = None
+
+    @property
+    def text(self) -> str | None:
+        return " ".join(map(str, self.sentences)) or None

@@ -84,7 +84,10 @@ class Results:
         """The run's figures and its changed latents: what `--json` prints."""
         run = self.sql("SELECT * FROM runs WHERE run_id = ?", [self.run_id]).arrow().to_pylist()[0]
         rows = self.sql("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [self.run_id]).arrow()
-        return {**run, "exit_status": self.exit_status, "latents": rows.to_pylist()}
+        newest = "SELECT summary FROM summaries WHERE run_id = ? ORDER BY created_at DESC LIMIT 1"
+        summary = self.sql(newest, [self.run_id]).fetchone()
+        said = summary[0] if summary else None
+        return {**run, "exit_status": self.exit_status, "summary": said, "latents": rows.to_pylist()}
 
     def __repr__(self) -> str:
         return f"Results({self.path!r}, run_id={self.run_id!r}, exit_status={self.exit_status})"

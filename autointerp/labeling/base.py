@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autointerp.errors import InputError
-from autointerp.records import Label, LatentEvidence, Score
+from autointerp.records import Change, Label, LatentEvidence, RunSummary, Score
 from autointerp.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ class Labeler(Protocol):
     async def label(self, evidence: LatentEvidence) -> Label:
         """A label from the `explain` split. What goes wrong with one latent is a Label with status failed or refused;
         what stops everything (budget, key, interruption) is raised."""
+        ...
+
+    async def summarise(self, changes: Sequence[Change]) -> RunSummary:
+        """What the training changed, from all labelled latents by rank, at least one; raises as `label`."""
         ...
 
 

@@ -12,8 +12,9 @@ from autointerp.labeling.base import Labeler, Scorer
 from autointerp.labeling.effect import effect_sentence
 from autointerp.labeling.lexical import NO_RULE
 from autointerp.labeling.llm.faults import Interrupted
+from autointerp.labeling.summary import labelled_changes, stands, summary_row
 from autointerp.progress import Reporter
-from autointerp.records import Context, Label, Prediction
+from autointerp.records import Change, Context, Label, Prediction
 from autointerp.stopping import Stop
 from autointerp.store import Store
 
@@ -86,6 +87,18 @@ class Work:
                         self._guarded(lambda s=scorer, right=label, w=wrong: self._score(s, right, w), "scores")
                     )
         self._raise_halt()
+
+    async def summarise(self) -> None:
+        """What the training changed, over all labels; made anew only when they or their scores have changed."""
+        changes = labelled_changes(self.store, self.run_id, self.labeler.name)
+        if changes and not stands(self.store, self.run_id, self.labeler.name, changes):
+            self.reporter.start("summary", 1)
+            await self._guarded(lambda: self._summarise(changes), "summary")
+            self._raise_halt()
+
+    async def _summarise(self, changes: Sequence[Change]) -> None:
+        summary = await self.labeler.summarise(changes)
+        await asyncio.wrap_future(self.store.upsert("summaries", [summary_row(self.run_id, summary, changes)]))
 
     def complete(self) -> bool:
         """Whether every selected latent has a usable label."""

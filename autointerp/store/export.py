@@ -26,6 +26,7 @@ _TABLES = (
     "predictions",
     "labels",
     "scores",
+    "summaries",
     "units",
     "calls",
     "changed_latents",

@@ -51,6 +51,8 @@ def _answer(system: str, user: str) -> dict:
         return {"fires": [int(any(phrase in window for phrase in named)) for window in _windows(user)]}
     if '"right"' in system:
         return {"right": [int(_marked(w) != [] and set(_marked(w)) <= set(named)) for w in _windows(user)]}
+    if '"sentences"' in system:
+        return summary(user)
     if '"intruder"' in system:
         fits = [any(phrase in window for phrase in named) for window in _windows(user)]
         return {"intruder": [*fits, False].index(False) % len(fits) + 1} if fits else {}
@@ -62,6 +64,17 @@ def _answer(system: str, user: str) -> dict:
         pairs = [f"{before} {word}" for before, word in itertools.pairwise(words)]
         return {str(i): round(0.9 * int(named.get(pair, 0))) for i, pair in enumerate(pairs, start=1)}
     return _label(user)
+
+
+def summary(user: str) -> dict:
+    """One sentence for each of the first five latents, in the words of its label."""
+    listed = re.findall(r"^\[(\d+)\] (.*?) \|", user, re.MULTILINE)
+    return {"sentences": [{"text": f"Here {what}.", "latents": [int(latent)]} for latent, what in listed[:5]]}
+
+
+def with_summaries(respond: Respond) -> Respond:
+    """`respond`, but what the training changed is summarised from the prompt."""
+    return lambda system, user: json.dumps(summary(user)) if '"sentences"' in system else respond(system, user)
 
 
 def _pairs(user: str) -> list[tuple[str, str]]:
@@ -125,7 +138,7 @@ def planted(latent: int, n: int = 24, seed: int = 0) -> LatentEvidence:
     numbers = {"mean_base": 0.1, "mean_adapted": 0.2, "freq_base": 0.01, "freq_adapted": 0.02}
     return LatentEvidence(
         "run", latent, latent + 1, "read", "live", 0.25, 1.0 / (latent + 1), **numbers, max_base=9.0, max_adapted=9.0,
-        contexts=tuple(contexts), writes=writes, predictions=tuple(predictions),
+        contexts=tuple(contexts), writes=writes, predictions=tuple(predictions), decoder=(),
     )  # fmt: skip
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autointerp.errors import InputError
 from autointerp.labeling.base import LABELERS, LabelingSettings
+from autointerp.labeling.effect import readable
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.faults import Terminal
 from autointerp.labeling.llm.provider import Planned, Request
 from autointerp.labeling.prompts import Prompts, quote
+from autointerp.labeling.summary import parse_summary, summary_request
 from autointerp.labeling.windows import Window, firing_windows, likeliest, quote_token, silent_windows
-from autointerp.records import Label, LatentEvidence, Prediction, Write, WriteKind
+from autointerp.records import Change, Label, LatentEvidence, Prediction, RunSummary, Write, WriteKind
 
 NO_PATTERN = "no clear pattern"
 MAX_WORDS = 8
@@ -86,6 +89,19 @@ class LLMLabeler:
         said = reply.value
         return Label(evidence.latent, self.name, "ok", said.label, said.explanation, said.effect, prompt_sha256=sha256)
 
+    async def summarise(self, changes: Sequence[Change]) -> RunSummary:
+        """One question about all labelled latents; failed when a sentence cites none of them, also after a repair."""
+        request = summary_request(self._prompts, changes)
+        known = {change.latent for change in changes}
+        sha256 = request.prompt_sha256()
+        try:
+            reply = await self.engine.ask(
+                request, lambda answer: parse_summary(answer, known), latent=None, purpose="summary"
+            )
+        except Terminal as fault:
+            return RunSummary(self.name, fault.status, (), str(fault), sha256)
+        return RunSummary(self.name, "ok", tuple(reply.value), None, sha256)
+
 
 class NoContextsError(InputError):
     """There is nothing to explain a latent from."""
@@ -135,7 +151,8 @@ def _decoder(evidence: LatentEvidence) -> list[dict[str, str]]:
     """What the latent's own direction pushes towards, one line of the prompt for each kind."""
     lines: list[dict[str, str]] = []
     for kind in ("promotes", "suppresses"):
-        tokens = [d.token for d in sorted(evidence.decoder, key=lambda d: d.rank) if d.kind == kind][:N_DECODER]
+        ranked = sorted((d for d in evidence.decoder if d.kind == kind), key=lambda d: d.rank)
+        tokens = [d.token for d in ranked if readable(d.token)][:N_DECODER]
         if tokens:
             lines.append({"what": kind, "tokens": ", ".join(map(quote_token, tokens))})
     return lines

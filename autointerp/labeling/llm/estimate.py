@@ -11,6 +11,7 @@ from autointerp.labeling.base import LABELERS, SCORERS, LabelingSettings, needs_
 from autointerp.labeling.llm.prices import Price, find_price
 from autointerp.labeling.llm.provider import Planned
 from autointerp.labeling.prompts import Prompts
+from autointerp.labeling.summary import plan_summary
 from autointerp.records import Context, ContextKind, DecoderToken, LatentEvidence, Prediction, Split, Write, WriteKind
 
 BYTES_PER_TOKEN = (4.6, 3.8, 3.0)
@@ -66,6 +67,10 @@ def estimate(
     for scorer, waiting in (to_score or {}).items():
         if needs_engine(item := SCORERS.get(scorer)):
             planned += [plan for evidence in waiting for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
+    if planned:
+        n = latents if isinstance(latents, int) else len(latents)
+        n = max(n, *(len(waiting) for waiting in (to_score or {}).values()), 1)
+        planned.append(plan_summary(prompts, n))
     price = find_price(model, settings.prices_path) if model else Price(0, 0, 0, 0)
     least = [plan for plan in planned if plan.certain]
     spreads = zip((least, planned, planned), BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True)
