@@ -22,10 +22,11 @@ def overview(changes: Sequence[Change]) -> Iterator[Sentence]:
     A token counts once for each latent that has it among its N_STRONGEST; nothing is said of tokens of one latent alone
     where there are several latents.
     """
-    for kind, words in (
+    kinds: tuple[tuple[Kind, str], ...] = (
         ("promotes", "Made more probable next where changed latents fire"),
         ("suppresses", "Made less probable there"),
-    ):
+    )
+    for kind, words in kinds:
         tokens = _shared_tokens(changes, kind)
         if tokens:
             said = ", ".join(f"{token} ({len(by)} of {len(changes)} latents)" for token, by in tokens)
