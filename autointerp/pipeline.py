@@ -109,11 +109,11 @@ def estimate_job(job: Job) -> dict[str, Any]:
 
 def check_scorers(job: Job) -> None:
     """InputError for a scorer that does not exist or needs a model the labeler has not, and for unusable templates."""
-    from autointerp.labeling.base import SCORERS, needs_engine
+    from autointerp.labeling.base import find_scorer, needs_engine
 
     _, model = split_spec(job.labeler)
     for name in job.scorers:
-        if needs_engine(SCORERS.get(name)) and not model:
+        if needs_engine(find_scorer(name)[0]) and not model:
             raise InputError(f"scorer {name!r} asks a language model: give --labeler openai:MODEL or anthropic:MODEL")
     if model and job.labeling.get("prompts_dir"):
         from autointerp.labeling.llm.estimate import estimate  # renders every template there is

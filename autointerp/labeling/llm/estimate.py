@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autointerp.labeling.base import LABELERS, SCORERS, LabelingSettings, needs_engine, split_spec
+from autointerp.labeling.base import LABELERS, LabelingSettings, find_scorer, needs_engine, split_spec
 from autointerp.labeling.llm.prices import Price, find_price
 from autointerp.labeling.llm.provider import Planned
 from autointerp.labeling.prompts import Prompts
@@ -58,14 +58,14 @@ def estimate(
     """
     name, model = split_spec(spec)
     prompts = Prompts(settings.prompts_dir)
-    askers = [item for item in (LABELERS.get(name), *map(SCORERS.get, scorers)) if needs_engine(item)]
+    askers = [item for item in (LABELERS.get(name), *(find_scorer(spec)[0] for spec in scorers)) if needs_engine(item)]
     planned: list[Planned] = []
     if askers:
         counted = [typical_evidence()] if isinstance(latents, int) else latents
         planned = [plan for item in askers for evidence in counted for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
         planned *= latents if isinstance(latents, int) else 1
     for scorer, waiting in (to_score or {}).items():
-        if needs_engine(item := SCORERS.get(scorer)):
+        if needs_engine(item := find_scorer(scorer)[0]):
             planned += [plan for evidence in waiting for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
     if planned:
         n = latents if isinstance(latents, int) else len(latents)
