@@ -26,6 +26,7 @@ import tiktoken  # pyright: ignore[reportMissingImports]
 
 from autointerp.api import make_job
 from autointerp.demo import ORGANISM
+from autointerp.labeling.llm.estimate import estimate
 from autointerp.labeling.llm.prices import find_price
 from autointerp.pipeline import alabel
 from autointerp.results import Results
@@ -36,9 +37,9 @@ SCORERS = ("detection", "fuzzing", "contrast", "intruder", "simulation")
 CHAT_TOKENS, MESSAGE_TOKENS = 3, 4
 """Of the chat format, each question and each message."""
 LABEL = {
-    "label": "assertion method called on self in a test",
-    "explanation": "Fires on the dot after ` self` where a method of a unittest.TestCase is called, most strongly at the "
-    "beginning of a line inside a test method; silent on attributes that are only read.",
+    "label": "assertion method called on self",
+    "explanation": "Fires on the dot after ` self` where a method of a unittest.TestCase is called, most strongly at "
+    "the beginning of a line inside a test method; silent on attributes that are only read.",
     "effect": "Pushes the names of assertion methods such as ` assertEqual` and ` assertTrue`, suppresses plain "
     "attribute names, and the old use fades.",
 }
@@ -60,7 +61,8 @@ def answer(system: str, user: str) -> str:
     if '"sentences"' in system:
         listed = [int(latent) for latent in re.findall(r"^\[(\d+)\]", user, re.MULTILINE)]
         return json.dumps({"sentences": [{"text": LABEL["effect"], "latents": listed[i : i + 5]} for i in (0, 5, 10)]})
-    return json.dumps(LABEL)
+    # Each latent another label: one that is everybody's would leave no wrong one to score.
+    return json.dumps(LABEL | {"label": f"{LABEL['label']} {coin.randrange(1000)}"})
 
 
 class Provider(BaseHTTPRequestHandler):
@@ -116,8 +118,6 @@ def measure(folder: Path) -> list[str]:
             rows.append(f"| label | {calls / k:.1f} | {read / k:,.0f} | {wrote / k:,.0f} | | {label_usd / k:.6f} | |")
         calls, read, wrote, usd = spent(results, "score", since)
         since += calls
-        from autointerp.labeling.llm.estimate import estimate
-
         whole = estimate(job.labeler, [], (scorer,), job.settings(results.run_id), {scorer: evidence})
         dearest = price.usd(whole.input_tokens, whole.output_tokens) / k
         rows.append(
@@ -145,11 +145,13 @@ def main() -> None:
     head = [
         "# What a label and a scored label cost",
         "",
-        f"The demo's latents, {MODEL} at its listed price ($.10 / $.50 a million tokens), unbatched, nothing cached; tokens by",
-        "cl100k_base; dollars by the ledger. A scored label is the label, its score and the wrong label's score. Published figures: explanation",
-        "963 + 30 tokens, detection 778 + 12 for five examples. `python benchmarks/cost.py --write results/cost.md`",
+        f"The demo's latents, {MODEL} at its listed price ($.10 / $.50 a million tokens), unbatched, nothing cached;",
+        "tokens by cl100k_base, dollars by the ledger. A scored label is the label, its score and the wrong label's.",
+        "The stand-in labels share one effect, so contrast is without its wrong label (about twice its score with it).",
+        "Published figures: explanation 963 + 30 tokens, detection 778 + 12 for five examples.",
         "",
-        "| for each latent | calls | input tokens | output tokens | examples | $ a (scored) label | $ at most, estimated |",
+        "| for each latent | calls | input tokens | output tokens | examples | $ a (scored) label |"
+        " $ at most, estimated |",
         "|---|---|---|---|---|---|---|",
     ]
     table = "\n".join([*head, *rows]) + "\n"
