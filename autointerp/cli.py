@@ -70,7 +70,11 @@ _RUN = _options(
 )
 _LABELING = _options(
     click.option("--labeler", help="lexical, openai:MODEL, anthropic:MODEL.  [default: lexical]"),
-    click.option("--scorer", multiple=True, help="rule, detection.  [default: the labeler's own]"),
+    click.option(
+        "--scorer",
+        multiple=True,
+        help="rule, detection, fuzzing, simulation, intruder, contrast, embedding:MODEL.  [default: the labeler's own]",
+    ),
     click.option("--max-usd", type=float, help="Never spend more than this on the run."),
     click.option("--rpm", type=int, help="Requests per minute."),
     click.option("--tpm", type=int, help="Tokens per minute."),

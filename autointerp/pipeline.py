@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 DEFAULT_DB = "results/autointerp.duckdb"
 CHECKS = ("causal", "causal_latents", "transfer", "ngrams")
 """Tables of what was measured of a selection after it was made."""
+SELECTED = ("latents", "writes", "decoder_tokens", "contexts", "predictions", "selectors", "selector_ranks", "map_rows")
+"""Tables of a selection and what is collected for it."""
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
 
 
@@ -121,11 +123,11 @@ def estimate_job(job: Job) -> dict[str, Any]:
 
 def check_scorers(job: Job) -> None:
     """InputError for a scorer that does not exist or needs a model the labeler has not, and for unusable templates."""
-    from autointerp.labeling.base import SCORERS, needs_engine
+    from autointerp.labeling.base import find_scorer, needs_engine
 
     _, model = split_spec(job.labeler)
     for name in job.scorers:
-        if needs_engine(SCORERS.get(name)) and not model:
+        if needs_engine(find_scorer(name)[0]) and not model:
             raise InputError(f"scorer {name!r} asks a language model: give --labeler openai:MODEL or anthropic:MODEL")
     if model and job.labeling.get("prompts_dir"):
         from autointerp.labeling.llm.estimate import estimate  # renders every template there is
@@ -192,6 +194,7 @@ async def _work(
                 stop.on_ask.append(engine.stopping.set)
             await work.label(contexts)
             await work.score()
+            await work.summarise()
         finally:
             if engine is not None:
                 await engine.aclose()
@@ -220,14 +223,16 @@ async def select_and_store(
 
     selection, writes = await asyncio.to_thread(_selection, evidence, stop, reporter)
     units = await asyncio.to_thread(evidence.units)
+    decoder = await asyncio.to_thread(evidence.decoder_tokens)
     run_id = job.run.run_id
-    for table in ("latents", "writes", "contexts", "predictions", "selectors", "selector_ranks", "map_rows", *CHECKS):
+    for table in (*SELECTED, *CHECKS):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
     if isinstance(selection, Selection):
         _store_selectors(run_id, selection, store)
     store.write_writes(run_id, writes)
     store.write_units(run_id, units)
+    store.upsert("decoder_tokens", [{"run_id": run_id, **asdict(token)} for token in decoder])
     store.upsert("runs", [_run_row(job, evidence) | selection.figures | {"stage": "select", "checks": []}])
     await store.aflush()
 

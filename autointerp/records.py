@@ -12,6 +12,7 @@ from typing import Literal
 State = Literal["live", "dead", "revived", "silenced"]
 Role = Literal["read", "written", "static"]
 ContextKind = Literal["top", "top_base", "gain", "loss", "quantile", "silent"]
+Foil = Literal["token", "cofiring", "neighbour"]
 Split = Literal["explain", "score"]
 WriteKind = Literal["raises", "lowers", "promotes", "suppresses"]
 UnitSide = Literal["reads", "writes"]
@@ -43,6 +44,10 @@ class Context:
     act_adapted: tuple[float, ...]
     peak: int
     """Index of the peak within `tokens`."""
+    foil: Foil | None = None
+    """Why a silent context is a near miss; None for one drawn at random, and for firing ones. At the peak, `token`: the
+    token on which the latent mostly fires; `cofiring`: a latent fires that often fires together with this one;
+    `neighbour`: the latent fires whose decoder row is nearest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,19 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class DecoderToken:
+    """A token that a latent's own decoder row makes more or less probable next, in the base model."""
+
+    latent: int
+    kind: Literal["promotes", "suppresses"]
+    token: str
+    weight: float
+    """Logit of the token when the row alone is put through the final norm and the unembedding, less that of nothing."""
+    rank: int
+    """1 is the strongest of its kind."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """Most probable next tokens at the peak of a context."""
 
@@ -113,6 +131,7 @@ class LatentEvidence:
     contexts: tuple[Context, ...]
     writes: tuple[Write, ...] = ()
     predictions: tuple[Prediction, ...] = ()
+    decoder: tuple[DecoderToken, ...] = ()
 
     def of(self, split: Split, *kinds: ContextKind) -> tuple[Context, ...]:
         """Contexts of one split; of all kinds when none is named. In order of context_id."""
@@ -144,13 +163,62 @@ class Score:
     labeler: str
     scorer: str
     value: float | None
-    """Balanced accuracy in [0, 1]; None when nothing could be scored."""
+    """On the scorer's own scale, 1 is perfect: a balanced accuracy, a share of right answers or an area under a ROC
+    curve in [0, 1], a correlation in [−1, 1]. None when nothing could be scored."""
     ci_low: float | None
     ci_high: float | None
+    """95 % interval."""
     null_value: float | None
     """The same scorer given another latent's label; None when there is no other label."""
     n_examples: int
+    """Examples that it took: buying stops when the interval has decided."""
     n_missing: int
+    """Examples asked about without a usable answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One labelled latent, as a summary of the run reads it."""
+
+    latent: int
+    rank: int
+    change: float | None
+    gain: float | None
+    label: str
+    explanation: str
+    effect: str
+    score: float | None
+    """Of the best scorer of its label."""
+    null_score: float | None
+    promotes: tuple[str, ...] = ()
+    """Tokens that the adapter makes more probable when it fires, strongest first."""
+    suppresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One sentence of a summary, and the latents that it rests on: at least one, all among the labelled ones."""
+
+    text: str
+    latents: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.text} [{', '.join(map(str, self.latents))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """What the training changed, in a few sentences."""
+
+    labeler: str
+    status: LabelStatus
+    sentences: tuple[Sentence, ...] = ()
+    error: str | None = None
+    prompt_sha256: str | None = None
+
+    @property
+    def text(self) -> str | None:
+        return " ".join(map(str, self.sentences)) or None
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,15 @@ class Results:
         rows = self.sql("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [self.run_id]).arrow()
         selectors = self.sql("SELECT * FROM selectors WHERE run_id = ? ORDER BY position", [self.run_id]).arrow()
         said = [{key: value for key, value in row.items() if key != "run_id"} for row in selectors.to_pylist()]
-        return {**run, "exit_status": self.exit_status, "latents": rows.to_pylist(), "selectors": said}
+        newest = "SELECT summary FROM summaries WHERE run_id = ? ORDER BY created_at DESC LIMIT 1"
+        summary = self.sql(newest, [self.run_id]).fetchone()
+        return {
+            **run,
+            "exit_status": self.exit_status,
+            "summary": summary[0] if summary else None,
+            "latents": rows.to_pylist(),
+            "selectors": said,
+        }
 
     def __repr__(self) -> str:
         return f"Results({self.path!r}, run_id={self.run_id!r}, exit_status={self.exit_status})"

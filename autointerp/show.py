@@ -43,12 +43,29 @@ def table(store: Store, run_id: str | None = None, console: Console | None = Non
     console.print(header(store, run_id))
     for part in run_checks(store, run_id):
         console.print(part)
+    for line in summary_lines(store, run_id):
+        console.print(line)
     rows = store.read("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [run_id])
     if rows:
         console.print(latents_table(rows, wide=console.width >= _WIDE))
         console.print(Text("score (null): the best scorer, and the same with another latent's label", style="dim"))
     else:
         console.print(Text(f"no latent was selected: {_why_none(store, run_id)}"))
+
+
+def summary_lines(store: Store, run_id: str) -> list[RenderableType]:
+    """What the training changed, of the newest labeler, a sentence a line with its latents; none when there is none."""
+    newest = "SELECT * FROM summaries WHERE run_id = ? ORDER BY created_at DESC, labeler LIMIT 1"
+    lines: list[RenderableType] = []
+    for row in store.read(newest, [run_id]):
+        lines.append(_heading(f"what the training changed ({visible(row['labeler'])})"))
+        for sentence in json.loads(row["sentences"] or "[]"):
+            cited = f" [{', '.join(str(latent) for latent in sentence['latents'])}]"
+            lines.append(Text.assemble(("· ", "dim"), visible(sentence["text"]), (cited, "cyan")))
+        if row["error"]:
+            lines.append(Text(f"no summary: {visible(row['error'])}", style="red"))
+        lines.append(Text(""))
+    return lines
 
 
 def _why_none(store: Store, run_id: str) -> str:

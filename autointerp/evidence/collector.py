@@ -8,98 +8,22 @@ after latent in rank order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from autointerp.evidence.corpus import context_split
 from autointerp.evidence.dictionaries.base import Dictionary
-from autointerp.evidence.parallel import at_once, in_order
-from autointerp.evidence.spool import Spool, Stretch
-from autointerp.records import Context, ContextKind, Split
+from autointerp.evidence.foils import Partners, near_misses
+from autointerp.evidence.spool import Spool
+from autointerp.evidence.survey import AFTER, BEFORE, MIN_SILENT, SPLITS, Pick, Survey, activations, silent_for, survey
+from autointerp.records import Context, ContextKind
 
-BEFORE, AFTER = 23, 8
-"""Tokens of a window before and after its peak."""
-STRETCH = 2048
-"""Tokens surveyed at a time."""
 GROUP = 16
 """Latents whose contexts are read together."""
 PER_SPLIT: dict[ContextKind, int] = {"top": 10, "top_base": 5, "gain": 5, "loss": 5, "quantile": 20, "silent": 20}
 """Contexts of each kind in each split."""
-SPLITS: tuple[Split, ...] = ("explain", "score")
-MIN_SILENT = 8
-"""Tokens without a firing, in a sequence with one, that make a silent context where silent sequences are too few."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Each sequence's peaks for the selected latents. S sequences, k latents; −inf where no token is counted."""
-
-    latents: list[int]
-    base: np.ndarray
-    """Largest z_base [S, k]."""
-    adapted: np.ndarray
-    """Largest z_adapted [S, k]."""
-    gain: np.ndarray
-    """Largest z_adapted − z_base [S, k]."""
-    loss: np.ndarray
-    """Largest z_base − z_adapted [S, k]."""
-    silence: np.ndarray
-    """Tokens of the longest stretch silent on both sides [S, k], int32; the whole length where nothing fires."""
-
-
-@dataclass(frozen=True)
-class Pick:
-    """One chosen context before its text is read."""
-
-    kind: ContextKind
-    split: Split
-    sequence: int
-    peak: float
-    """What it is ranked by."""
-
-
-def activations(
-    spool_x: torch.Tensor, counted: np.ndarray, dictionary: Dictionary, latents: torch.Tensor
-) -> np.ndarray:
-    """z [n, k] of spooled activations x [n, d]; 0 at tokens that are not counted."""
-    z = dictionary.encode_columns(spool_x.to(dictionary.W_dec.device).float(), latents).float().cpu().numpy()
-    z[~counted] = 0
-    return z
-
-
-def survey(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) -> Survey:
-    """Reads the whole spool once."""
-    columns = torch.as_tensor(list(latents), dtype=torch.long, device=dictionary.W_dec.device)
-    peaks = np.full((4, len(spool), len(latents)), -np.inf, dtype=np.float32)
-    silence = np.zeros((len(spool), len(latents)), dtype=np.int32)
-
-    def look(_hand: int, stretch: Stretch) -> None:
-        base = activations(stretch.x_base, stretch.counted, dictionary, columns)
-        adapted = activations(stretch.x_adapted, stretch.counted, dictionary, columns)
-        silent_for = _silent_for((base > 0) | (adapted > 0), stretch.bounds)
-        silence[stretch.sequences] = np.maximum.reduceat(silent_for, stretch.bounds[:-1], axis=0)
-        for row, values in enumerate((base, adapted, adapted - base, base - adapted)):
-            values[~stretch.counted] = -np.inf
-            peaks[row, stretch.sequences] = np.maximum.reduceat(values, stretch.bounds[:-1], axis=0)
-
-    in_order(look, lambda _: None, range(at_once(columns.device)), spool.stretches(STRETCH))
-    base, adapted, gain, loss = peaks
-    return Survey(list(latents), base, adapted, gain, loss, silence)
-
-
-def _silent_for(fires: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """For each token, how many tokens of its sequence up to and with it are silent in a row [n, k], int32.
-
-    fires [n, k]: whether the latent fires on either side; bounds: first token of each sequence, and the end.
-    """
-    at = np.arange(1, len(fires) + 1, dtype=np.int32)[:, None]
-    last = np.where(fires, at, 0)
-    starts = bounds[:-1]
-    last[starts] = np.maximum(last[starts], starts[:, None])
-    return at - np.maximum.accumulate(last, axis=0)
 
 
 def pick(found: Survey, at: int, orders: np.ndarray, revived: bool, seed: int) -> list[Pick]:
@@ -155,20 +79,27 @@ async def collect(
     revived: set[int],
     decode: Callable[[int], str],
     seed: int,
+    partnered: Mapping[int, Partners] | None = None,
 ) -> AsyncIterator[dict[int, list[Context]]]:
     """The contexts of each latent, GROUP latents at a time in the given order, as soon as they stand.
 
+    partnered: latents that each is easily taken for, of foils.py: near misses are collected too, with or without them.
     The work is done in threads.
     """
     if not latents:
         return
-    found = await asyncio.to_thread(survey, spool, dictionary, latents)
+    partnered = partnered or {}
+    others = {p for mine in partnered.values() for p in mine.values()} - set(latents)
+    found = await asyncio.to_thread(survey, spool, dictionary, [*latents, *sorted(others)])
     orders = spool.orders
     for first in range(0, len(latents), GROUP):
         group = range(first, min(first + GROUP, len(latents)))
         picks = {at: pick(found, at, orders, latents[at] in revived, seed) for at in group}
         contexts = await asyncio.to_thread(_read, spool, dictionary, found.latents, picks, decode)
-        yield {latents[at]: contexts[at] for at in group}
+        mine = {latents[at]: contexts[at] for at in group}
+        ranked = {latents[at]: [pick for _, pick in _ranked(picks[at])] for at in group}
+        near = await asyncio.to_thread(near_misses, spool, dictionary, found, ranked, mine, partnered, decode, seed)
+        yield {latent: [*mine[latent], *near[latent]] for latent in mine}
 
 
 def _read(
@@ -237,9 +168,9 @@ def _context(
 
 def _longest_silence(base: np.ndarray, adapted: np.ndarray) -> tuple[int, int]:
     """(first token, end) of the longest stretch silent on both sides; the whole sequence where nothing fires."""
-    silent_for = _silent_for(((base > 0) | (adapted > 0))[:, None], np.array([0, len(base)]))[:, 0]
-    end = int(silent_for.argmax()) + 1
-    return end - int(silent_for[end - 1]), end
+    lengths = silent_for(((base > 0) | (adapted > 0))[:, None], np.array([0, len(base)]))[:, 0]
+    end = int(lengths.argmax()) + 1
+    return end - int(lengths[end - 1]), end
 
 
 def _peak(kind: ContextKind, base: np.ndarray, adapted: np.ndarray) -> int:

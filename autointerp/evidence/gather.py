@@ -24,6 +24,7 @@ from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.directions import InMemory
 from autointerp.evidence.documents import DocumentSource
 from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.foils import partners
 from autointerp.evidence.gradients import measure_gradients
 from autointerp.evidence.loading import torch_device
 from autointerp.evidence.model_pair import ModelPair
@@ -32,14 +33,14 @@ from autointerp.evidence.outcomes import by_order, read_outcomes
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import replicas, tokens_per_batch
 from autointerp.evidence.predictions import Predictor
-from autointerp.evidence.rows import read_rows
+from autointerp.evidence.rows import decoder_tokens, read_rows
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import Given, Need, Selection, needs_of, select
 from autointerp.evidence.spool import Spool, open_scratch
 from autointerp.evidence.stream import Measured, Progress, measure
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.token_text import token_texts
-from autointerp.records import Context, Ngrams, Prediction, Unit, Write
+from autointerp.records import Context, DecoderToken, Ngrams, Prediction, Unit, Write
 from autointerp.run import WEIGHTS_ONLY, Run
 
 if TYPE_CHECKING:
@@ -173,13 +174,21 @@ class Evidence:
 
         return units_of(self.run, InMemory(self.dictionary))
 
+    def decoder_tokens(self) -> list[DecoderToken]:
+        """What the selected latents' own decoder rows push towards."""
+        if self._spool is None or self._selection is None:
+            raise RuntimeError("select first")
+        return decoder_tokens(self._selection.latents, self.model, self.dictionary, self._spool, self.decode)
+
     async def contexts(self) -> AsyncIterator[tuple[int, list[Context], list[Prediction]]]:
         """(latent, contexts, predictions) of the selected latents in rank order, each as soon as it stands."""
         if self._spool is None or self._selection is None:
             raise RuntimeError("select first")
         predictor = Predictor(self.models, self._spool, self.corpus.bos, self.decode)
         latents, seed = self._selection.latents, self.run.settings.seed
-        async for group in collect(self._spool, self.dictionary, latents, self._revived(), self.decode, seed):
+        partnered = await asyncio.to_thread(partners, self._selection.fitted, latents)
+        revived = self._revived()
+        async for group in collect(self._spool, self.dictionary, latents, revived, self.decode, seed, partnered):
             predictions = await asyncio.to_thread(predictor.predict, [c for found in group.values() for c in found])
             for latent, found in group.items():
                 yield latent, found, [p for p in predictions if p.latent == latent]

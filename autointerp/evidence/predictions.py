@@ -14,10 +14,10 @@ from autointerp.evidence.corpus import by_length
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import in_order, tokens_per_batch
 from autointerp.evidence.spool import Spool
-from autointerp.records import Context, Prediction
+from autointerp.records import Context, Prediction, Split
 
-N_CONTEXTS = 2
-"""Contexts of each latent, the strongest of its explain split."""
+N_CONTEXTS: dict[Split, int] = {"explain": 2, "score": 10}
+"""Contexts of each latent in each split: the strongest in the adapted model, in the base model where it has none."""
 N_TOKENS = 5
 SIDES: tuple[Literal["base", "adapted"], ...] = ("base", "adapted")
 
@@ -39,11 +39,13 @@ class Predictor:
             places.sort()
 
     def predict(self, contexts: Sequence[Context]) -> list[Prediction]:
-        """Predictions for the strongest `top` contexts of each latent's explain split, one context after the other."""
-        strongest: dict[int, list[Context]] = defaultdict(list)
-        for context in sorted(contexts, key=lambda c: c.rank):
-            if context.kind == "top" and context.split == "explain" and len(strongest[context.latent]) < N_CONTEXTS:
-                strongest[context.latent].append(context)
+        """Predictions for the strongest contexts of each latent in both splits, one context after the other."""
+        strongest: dict[tuple[int, Split], list[Context]] = defaultdict(list)
+        for context in sorted(contexts, key=lambda c: (c.kind != "top", c.rank)):
+            mine = strongest[context.latent, context.split]
+            same = not mine or mine[0].kind == context.kind
+            if context.kind in ("top", "top_base") and same and len(mine) < N_CONTEXTS[context.split]:
+                mine.append(context)
         peaks = [(context, self._text(context)) for shown in strongest.values() for context in shown]
         limit = tokens_per_batch(self.models[0].device)
         batches = by_length(peaks, lambda peak: len(peak[1]), limit)

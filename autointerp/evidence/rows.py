@@ -18,7 +18,7 @@ from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.spool import Spool
-from autointerp.records import Write, WriteKind
+from autointerp.records import DecoderToken, Write, WriteKind
 
 N_LATENTS = 6
 """Directions that a row is read as, besides the latent's own."""
@@ -29,6 +29,8 @@ N_STATES = 64
 MAX_LOGITS = 1 << 24
 """Logits held at once, on each side."""
 HINT_TOKENS = 3
+N_DECODER = 8
+"""Tokens kept on each side of a latent's own direction."""
 MIN_OCCURRENCES = 5
 """Occurrences in the corpus from which a token is shown as promoted or suppressed."""
 PROBABLE = 1e-3
@@ -67,6 +69,31 @@ def read_rows(
     for j, effects in token_effects(model, written):
         writes += _token_writes(j, effects, seen, decode)
     return writes
+
+
+def decoder_tokens(
+    latents: Sequence[int], model: PairedModel, dictionary: Dictionary, spool: Spool, decode: Callable[[int], str]
+) -> list[DecoderToken]:
+    """What the latents' own decoder rows push towards in the base model, whatever the adapter does. Only tokens that
+    the corpus holds; none at hooks off the residual stream."""
+    if not latents or not model.hook.on_stream:
+        return []
+    seen = torch.from_numpy(spool.seen(model.vocab_size, MIN_OCCURRENCES))
+    found: list[DecoderToken] = []
+    for latent, logits in zip(latents, direction_logits(latents, model, dictionary), strict=True):
+        for kind, strength in (("promotes", logits), ("suppresses", -logits)):
+            values, ids = strength.masked_fill(~seen[: len(strength)], 0.0).topk(min(N_DECODER, len(strength)))
+            for rank, (value, token) in enumerate(zip(values.tolist(), ids.tolist(), strict=True), start=1):
+                if value > 0:
+                    weight = value if kind == "promotes" else -value
+                    found.append(DecoderToken(latent, kind, decode(token), weight, rank))  # pyright: ignore
+    return found
+
+
+def direction_logits(latents: Sequence[int], model: PairedModel, dictionary: Dictionary) -> Tensor:
+    """Logits [k, vocabulary] of each latent's decoder row alone, less those of a zero stream."""
+    directions = dictionary.W_dec[list(latents)].float().cpu()
+    return (model.unembed(directions) - model.unembed(torch.zeros_like(directions[:1]))).float().cpu()
 
 
 def mean_firing(fitted: FittedMap) -> np.ndarray:
@@ -164,7 +191,5 @@ def _hints(
     """Tokens that each latent's own direction promotes most, for readers to whom a number says nothing."""
     if not latents or not model.hook.on_stream:
         return {}
-    directions = dictionary.W_dec[latents].float().cpu()
-    logits = model.unembed(directions) - model.unembed(torch.zeros_like(directions[:1]))
-    best = logits.float().topk(HINT_TOKENS, dim=-1).indices.tolist()
+    best = direction_logits(latents, model, dictionary).topk(HINT_TOKENS, dim=-1).indices.tolist()
     return {j: ", ".join(f"`{decode(t)}`" for t in tokens) for j, tokens in zip(latents, best, strict=True)}

@@ -114,6 +114,11 @@ class Spool:
         """Whether each token id occurs at least so often in the corpus [vocabulary]."""
         return np.bincount(np.array(self._ids, dtype=np.int32), minlength=vocabulary) >= at_least
 
+    def holding(self, token: int) -> np.ndarray:
+        """Sequences in which the token id stands, ascending."""
+        at = np.flatnonzero(np.array(self._ids, dtype=np.int32) == token)
+        return np.unique(np.searchsorted(self._offsets, at, side="right") - 1)
+
     def read(self, sequences: np.ndarray) -> Stretch:
         """The given sequences (sorted indices)."""
         lengths = [self._offsets[s + 1] - self._offsets[s] for s in sequences]

@@ -15,7 +15,7 @@ from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.units import describe, lora_components
 from autointerp.evidence.weights_only import Change, Streamer, WeightScores, read_weights, score
 from autointerp.evidence.wiring import Wiring
-from autointerp.records import Role, Unit, Write
+from autointerp.records import DecoderToken, Role, Unit, Write
 from autointerp.run import AUTO_TOP, Run
 
 
@@ -75,6 +75,10 @@ class WeightsEvidence:
     def units(self) -> list[Unit]:
         """The components of the adapter, where it is of low rank, by the latents they read or write."""
         return units_of(self.run, self.directions)
+
+    def decoder_tokens(self) -> list[DecoderToken]:
+        """None: that takes the base model's unembedding."""
+        return []
 
     def close(self) -> None:
         pass

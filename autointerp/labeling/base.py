@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autointerp.errors import InputError
-from autointerp.records import Label, LatentEvidence, Score
+from autointerp.records import Change, Label, LatentEvidence, RunSummary, Score
 from autointerp.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ class Labeler(Protocol):
     async def label(self, evidence: LatentEvidence) -> Label:
         """A label from the `explain` split. What goes wrong with one latent is a Label with status failed or refused;
         what stops everything (budget, key, interruption) is raised."""
+        ...
+
+    async def summarise(self, changes: Sequence[Change]) -> RunSummary:
+        """What the training changed, from all labelled latents by rank, at least one; raises as `label`."""
         ...
 
 
@@ -99,6 +103,16 @@ def needs_engine(item: Any) -> bool:
     return bool(getattr(item, "needs_engine", False))
 
 
+def find_scorer(spec: str) -> tuple[Any, str | None]:
+    """The registered scorer behind `detection` or `embedding:MODEL`, and its model. InputError in one line."""
+    name, _, model = spec.partition(":")
+    item = SCORERS.get(name)
+    if bool(getattr(item, "needs_model", False)) != bool(model):
+        wanted = f"{name} takes no model" if model else f"give --scorer {name}:MODEL, a folder or a hub id"
+        raise InputError(f"scorer {spec!r}: {wanted}")
+    return item, model or None
+
+
 def check_labeler(spec: str, settings: LabelingSettings) -> None:
     """InputError when a labeler could not work: unknown, no key, no price under a budget. Touches nothing."""
     name, model = split_spec(spec)
@@ -122,9 +136,9 @@ def make_labeler(spec: str, settings: LabelingSettings, store: CallStore) -> Lab
 
 def make_scorer(name: str, labeler: Labeler, settings: LabelingSettings) -> Scorer:
     """The scorer `name` for the labels of `labeler`. InputError for an unknown one, or one without a model to ask."""
-    item = SCORERS.get(name)
+    item, model = find_scorer(name)
     if not needs_engine(item):
-        return item()
+        return item(model) if model else item()
     engine: Engine | None = getattr(labeler, "engine", None)
     if engine is None:
         raise InputError(

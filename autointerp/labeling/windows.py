@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from autointerp.labeling.prompts import mark, quote
-from autointerp.records import ACTIVATING_KINDS, Context, ContextKind, LatentEvidence, Split
+from autointerp.records import ACTIVATING_KINDS, Context, ContextKind, Foil, LatentEvidence, Prediction, Split
 
 BEFORE, AFTER = 15, 6
 """Tokens shown before and after the peak."""
@@ -24,6 +25,11 @@ class Window:
     @property
     def strength(self) -> float:
         return max(self.activations, default=0.0)
+
+    @property
+    def peak(self) -> int:
+        """Index of the context's peak within `tokens`."""
+        return min(self.context.peak, BEFORE)
 
     def plain(self) -> str:
         """One quoted line."""
@@ -68,8 +74,19 @@ def firing_windows(evidence: LatentEvidence, split: Split, n: int, n_top: int) -
 
 
 def silent_windows(evidence: LatentEvidence, split: Split, n: int) -> list[Window]:
-    """At most `n` windows in which the latent does not fire, in drawing order."""
-    return [window for window in _distinct(_by_rank(evidence.of(split, "silent"))) if window.strength == 0][:n]
+    """At most `n` windows in which the latent does not fire: one at random, one near miss, and so on, while there are
+    both; in drawing order."""
+    silent = _by_rank(evidence.of(split, "silent"))
+    near = [context for context in silent if context.foil]
+    far = [context for context in silent if not context.foil]
+    mixed = [context for pair in zip_longest(far, near) for context in pair if context is not None]
+    return [window for window in _distinct(mixed) if window.strength == 0][:n]
+
+
+def near_misses(evidence: LatentEvidence, split: Split, n: int, *foils: Foil) -> list[Window]:
+    """At most `n` silent windows that were drawn for one of these reasons, in drawing order."""
+    found = [context for context in _by_rank(evidence.of(split, "silent")) if context.foil in foils]
+    return [window for window in _distinct(found) if window.strength == 0][:n]
 
 
 _OTHER_KINDS: tuple[ContextKind, ...] = tuple(kind for kind in ACTIVATING_KINDS if kind not in ("top", "quantile"))
@@ -100,3 +117,14 @@ def _distinct(contexts: Iterable[Context]) -> list[Window]:
             texts.add(window.tokens)
             windows.append(window)
     return windows
+
+
+def likeliest(predictions: Iterable[Prediction], n: int) -> str:
+    """The `n` most probable next tokens, quoted, with their probabilities in percent."""
+    ranked = sorted(predictions, key=lambda p: p.rank)[:n]
+    return ", ".join(f"{quote_token(p.token)} {100 * p.probability:.0f} %" for p in ranked)
+
+
+def quote_token(token: str) -> str:
+    """A token between double quotes."""
+    return '"' + quote(token).replace('"', '\\"') + '"'

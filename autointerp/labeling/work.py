@@ -14,8 +14,9 @@ from autointerp.labeling.known import known_label
 from autointerp.labeling.lexical import NO_RULE
 from autointerp.labeling.llm.faults import Interrupted
 from autointerp.labeling.scorers.rule import RuleScorer
+from autointerp.labeling.summary import labelled_changes, stands, summary_row
 from autointerp.progress import Reporter
-from autointerp.records import Context, Label, Ngrams, Prediction
+from autointerp.records import Change, Context, Label, Ngrams, Prediction
 from autointerp.stopping import Stop
 from autointerp.store import Store
 
@@ -107,6 +108,18 @@ class Work:
         """What asks a model is not asked of a known feature: its rule is run instead."""
         known = label.status == "known" and not self.ask_all
         return RuleScorer() if known and needs_engine(wished) else wished
+
+    async def summarise(self) -> None:
+        """What the training changed, over all labels; made anew only when they or their scores have changed."""
+        changes = labelled_changes(self.store, self.run_id, self.labeler.name)
+        if changes and not stands(self.store, self.run_id, self.labeler.name, changes):
+            self.reporter.start("summary", 1)
+            await self._guarded(lambda: self._summarise(changes), "summary")
+            self._raise_halt()
+
+    async def _summarise(self, changes: Sequence[Change]) -> None:
+        summary = await self.labeler.summarise(changes)
+        await asyncio.wrap_future(self.store.upsert("summaries", [summary_row(self.run_id, summary, changes)]))
 
     def complete(self) -> bool:
         """Whether every selected latent has a usable label."""

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from autointerp.errors import InputError
-from autointerp.records import Context, Label, LatentEvidence, Ngrams, Prediction, Score, Unit, Write
+from autointerp.records import Context, DecoderToken, Label, LatentEvidence, Ngrams, Prediction, Score, Unit, Write
 from autointerp.store import files, schema
 from autointerp.store.rows import latents_table, to_arrow
 from autointerp.store.writer import Statement, Step, Upsert, Writer
@@ -243,6 +243,7 @@ class Store:
         predictions = self.read(
             "SELECT * FROM predictions WHERE run_id = ? AND latent = ? ORDER BY context_id, side, rank", key
         )
+        decoder = self.read("SELECT * FROM decoder_tokens WHERE run_id = ? AND latent = ? ORDER BY kind, rank", key)
         return LatentEvidence(
             run_id=run_id,
             latent=latent,
@@ -255,6 +256,7 @@ class Store:
             contexts=tuple(Context(**{name: _frozen(c[name]) for name in _CONTEXT_COLUMNS}) for c in contexts),
             writes=tuple(Write(**{name: w[name] for name in _WRITE_COLUMNS}) for w in writes),
             predictions=tuple(Prediction(**{name: p[name] for name in _PREDICTION_COLUMNS}) for p in predictions),
+            decoder=tuple(DecoderToken(**{name: d[name] for name in _DECODER_COLUMNS}) for d in decoder),
         )
 
     def _upserts(self, table: str, rows: Sequence[Mapping[str, Any]] | pa.Table) -> list[Upsert]:
@@ -277,6 +279,7 @@ _CONTEXT_COLUMNS = tuple(Context.__dataclass_fields__)
 _UNIT_COLUMNS = tuple(Unit.__dataclass_fields__)
 _WRITE_COLUMNS = tuple(Write.__dataclass_fields__)
 _PREDICTION_COLUMNS = tuple(Prediction.__dataclass_fields__)
+_DECODER_COLUMNS = tuple(DecoderToken.__dataclass_fields__)
 _LABEL_COLUMNS = tuple(Label.__dataclass_fields__)
 _SCORE_COLUMNS = tuple(Score.__dataclass_fields__)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+from ..faults.oracle import with_summaries
 from ..faults.server import Fault, FaultServer, Respond, oracle
 
 KEY = "sk-proj-secretXYZZY-0123456789"
@@ -20,7 +21,7 @@ class Serving:
     """`with Serving(plan) as server:` answers both protocols at `server.environment`."""
 
     def __init__(self, plan: Iterable[Fault | None] = (), *, respond: Respond = oracle, latency_s: float = 0.0):
-        self.server = FaultServer(respond, plan, latency_s=latency_s)
+        self.server = FaultServer(with_summaries(respond), plan, latency_s=latency_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake-server", daemon=True)
 

@@ -240,7 +240,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "labeler without model": (give(labeler="openai"), r"unknown labeler 'openai': choose one of"),
     "labeler without key": (give(labeler="openai:gpt-6-luna"), r"set OPENAI_API_KEY .*--labeler lexical"),
     "other labeler without key": (give(labeler="anthropic:claude-haiku-5-5"), r"set ANTHROPIC_API_KEY, or use --labeler lexical"),
-    "scorer unknown": (give(scorer="magic"), r"unknown scorer 'magic': choose one of detection, rule"),
+    "scorer unknown": (give(scorer="magic"), r"unknown scorer 'magic': choose one of .*detection, .*rule"),
     "scorer without model": (give(scorer="detection"), r"scorer 'detection' asks a language model"),
     "fdr": (give(fdr=1.5), r"fdr 1.5: .*; give another --fdr"),
     "device": (give(seed=1, device="gpu7"), r"device gpu7: not usable here .*; give --device"),

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from autointerp.evidence.collector import AFTER, BEFORE, MIN_SILENT, PER_SPLIT, SPLITS, Survey, collect, pick
+from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.foils import PER_SPLIT as FOILS
+from autointerp.evidence.foils import Partners, partners
 from autointerp.evidence.gather import Evidence
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
@@ -21,6 +24,11 @@ from tests.evidence import world
 
 assert_close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 """Activations of the tiny models are of order 10."""
+
+
+PARTNERS: dict[int, Partners] = {
+    j: {"cofiring": (j + 1) % world.LATENTS, "neighbour": (j + 2) % world.LATENTS} for j in range(world.LATENTS)
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def collected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         revived = set(np.flatnonzero((fired[0] == 0) & (fired[1] > 0)).tolist())
 
         async def gather() -> dict[int, list[Context]]:
-            found = collect(spool, evidence.dictionary, list(range(m)), revived, evidence.decode, 0)
+            found = collect(spool, evidence.dictionary, list(range(m)), revived, evidence.decode, 0, PARTNERS)
             return {latent: contexts async for group in found for latent, contexts in group.items()}
 
         contexts = asyncio.run(gather())
@@ -155,10 +163,53 @@ def test_silent_contexts_fill_up_from_silent_stretches(collected: Collected) -> 
             ]
             able = sum(longest >= MIN_SILENT for longest, _ in silences)
             whole = sum(longest == length for longest, length in silences)
-            found = [c for c in contexts if c.kind == "silent" and c.split == split]
+            found = [c for c in contexts if c.kind == "silent" and c.split == split and not c.foil]
             assert len(found) == min(PER_SPLIT["silent"], able)
             n_partial += max(0, len(found) - whole)
     assert n_partial > 20
+
+
+def test_near_misses_mislead_as_they_say(collected: Collected) -> None:
+    """At the peak stands a token on which the latent fires elsewhere, or another latent has its peak."""
+    plain, n_found = collected.plain, dict.fromkeys(FOILS, 0)
+    for latent, contexts in collected.contexts.items():
+        for c in (c for c in contexts if c.foil is not None):
+            assert c.kind == "silent", "that it is silent is checked with the others"
+            assert c.foil is not None
+            n_found[c.foil] += 1
+            if c.foil == "token":
+                peaks = {o.tokens[o.peak] for o in contexts if o.split == c.split and o.kind != "silent"}
+                assert c.tokens[c.peak] in peaks
+            else:
+                start = max(s for doc, s in plain.ids if doc == c.doc and s <= c.position)
+                other = plain.base[c.doc, start][:, PARTNERS[latent][c.foil]]
+                assert other[c.position - start] == pytest.approx(other.max(), rel=1e-4)
+                assert other.max() > 0
+        for split in SPLITS:
+            for foil, n in FOILS.items():
+                assert sum((c.foil, c.split) == (foil, split) for c in contexts) <= n
+    assert all(n > 20 for n in n_found.values()), n_found
+
+
+def test_partners_are_those_of_a_plain_computation(collected: Collected) -> None:
+    statistics = collected.measured.statistics
+    rows = torch.randn(world.LATENTS, statistics.d, generator=torch.Generator().manual_seed(0))
+    found = partners(FittedMap(statistics, rows), [3, 0, 7])
+    z = np.concatenate(list(collected.plain.base.values()))
+    fired = (statistics.base.fired > 0) | (statistics.adapted.fired > 0)
+    unit = (rows / rows.norm(dim=1, keepdim=True)).numpy()
+    assert list(found) == [3, 0, 7]
+    for latent, mine in found.items():
+        cosines = np.where(fired, unit @ unit[latent], -1)
+        cosines[latent] = -1
+        assert mine.get("neighbour") == cosines.argmax()
+        if "cofiring" in mine:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                r = np.nan_to_num(np.corrcoef(z.T)[latent], nan=-1.0)
+            r[latent] = -1
+            assert r[mine["cofiring"]] == pytest.approx(r.max(), abs=0.02)
+    assert any("cofiring" in mine for mine in found.values())
+    assert partners(FittedMap(statistics, rows), []) == {}
 
 
 def _longest(silent: np.ndarray) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import re
 import unicodedata
 from dataclasses import replace
@@ -19,7 +18,7 @@ from autointerp.labeling.base import LabelingSettings
 from autointerp.labeling.llm.answers import read_answer
 from autointerp.labeling.llm.estimate import estimate, typical_evidence
 from autointerp.labeling.prompts import CLOSE, OPEN, Prompts, mark, quote
-from autointerp.labeling.scorers.detection import Example, balanced_accuracy, examples_of, wilson
+from autointerp.labeling.scorers.detection import DetectionScorer
 from autointerp.labeling.windows import cut, firing_windows, silent_windows
 from autointerp.records import Context
 
@@ -59,7 +58,7 @@ def test_templates_are_replaced_file_by_file(tmp_path: Path):
     assert (own.system, own.user) == ("S", "{{ 7 * 7 }}")
     shipped = Prompts().render("detect", label="a", explanation="b", windows=["c"])
     assert own.template_sha256 != shipped.template_sha256
-    assert prompts.render("explain", firing=[], silent=[], writes=[], predictions=[]).system
+    assert prompts.render("explain", firing=[], silent=[], decoder=[], writes=[], predictions=[]).system
 
 
 @pytest.mark.parametrize(
@@ -135,38 +134,13 @@ def test_windows_cover_the_whole_range_and_each_place_once():
     assert windows[0].strengths(windows[0].strength) == "10"
 
 
-def test_examples_are_balanced_shuffled_and_reproducible():
-    examples = examples_of(typical_evidence(), seed=3)
-    assert examples == examples_of(typical_evidence(), seed=3)
-    assert [e.fires for e in examples] != [e.fires for e in examples_of(typical_evidence(), seed=4)]
-    assert sum(e.fires for e in examples) == 10
-    assert len(examples) == 20
-
-
-def test_wilson_against_a_published_value():
-    assert wilson(81, 263) == pytest.approx((0.3080, 0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
-
-
-def test_the_interval_covers_at_its_level():
-    rng = random.Random(0)
-    examples = [Example("", True)] * 10 + [Example("", False)] * 10
-    sensitivity, specificity = 0.9, 0.7
-    covered = 0
-    for _ in range(2000):
-        verdicts = [rng.random() < sensitivity for _ in range(10)] + [rng.random() >= specificity for _ in range(10)]
-        value, low, high = balanced_accuracy(examples, verdicts)
-        assert value is not None
-        assert low is not None
-        assert high is not None
-        assert 0 <= low <= value <= high <= 1
-        covered += low <= 0.8 <= high
-    assert 0.93 <= covered / 2000 <= 0.985
-
-
-def test_missing_verdicts_are_left_out_of_the_value():
-    examples = [Example("", True)] * 2 + [Example("", False)] * 2
-    assert balanced_accuracy(examples, [True, None, False, True])[0] == 0.75
-    assert balanced_accuracy(examples, [None, None, False, True]) == (None, None, None)
+def test_examples_are_balanced_in_every_look_shuffled_and_reproducible():
+    examples = DetectionScorer.examples(typical_evidence(), seed=3)
+    assert examples == DetectionScorer.examples(typical_evidence(), seed=3)
+    assert [e.truth for e in examples] != [e.truth for e in DetectionScorer.examples(typical_evidence(), seed=4)]
+    looks = DetectionScorer.looks(typical_evidence(), seed=3)
+    assert [len(look) for look in looks] == [10, 10, 10, 10]
+    assert {sum(example.truth for example in look) for look in looks} == {5}
 
 
 def test_an_estimate_without_contexts_is_like_the_one_with(monkeypatch: pytest.MonkeyPatch):
@@ -175,13 +149,13 @@ def test_an_estimate_without_contexts_is_like_the_one_with(monkeypatch: pytest.M
     guessed = estimate("openai:gpt-6-luna", 50, ["detection"], settings)
     counted = estimate("openai:gpt-6-luna", [typical_evidence()] * 50, ["detection"], settings)
     assert guessed == counted
-    assert guessed.calls == 50 * (1 + 2 * 4)
+    assert guessed.calls == 50 * (1 + 2 * 8) + 1
     assert guessed.seconds_low == 60 * guessed.calls / 60
     assert guessed.usd_low is not None
     assert guessed.usd_high is not None
     assert 0 < guessed.usd_low < guessed.usd_high < 50 * 0.0025
     label_only = estimate("openai:gpt-6-luna", 1, [], settings)
-    assert label_only.input_tokens <= 1250
+    assert label_only.input_tokens <= 2300, "the label's question and the summary's"
     assert estimate("openai:unlisted", 1, [], settings).usd_low is None
     free = estimate("lexical", 50, ["rule"], settings)
     assert (free.calls, free.usd_low, free.usd_high) == (0, 0, 0)

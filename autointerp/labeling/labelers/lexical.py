@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from autointerp.labeling.base import LABELERS
 from autointerp.labeling.effect import effect_sentence
 from autointerp.labeling.lexical import NO_RULE
 from autointerp.labeling.lexical.choice import Found, choose
+from autointerp.labeling.lexical.overview import overview
 from autointerp.labeling.lexical.positions import Positions, gather
 from autointerp.labeling.lexical.wording import explain, explain_nothing, fixed_ngram, short_label
-from autointerp.records import Label, LatentEvidence
+from autointerp.records import Change, Label, LatentEvidence, RunSummary
 
 KNOWN_ACCURACY = 0.95
 
@@ -32,6 +33,10 @@ class LexicalLabeler:
     async def label(self, evidence: LatentEvidence) -> Label:
         """The label of one latent. Uses the split `explain` only; never raises on what a context may hold."""
         return self.label_now(evidence)
+
+    async def summarise(self, changes: Sequence[Change]) -> RunSummary:
+        """Counted from the rows, in fixed words: what is pushed, what is suppressed, where, and what faded."""
+        return RunSummary(self.name, "ok", tuple(overview(changes)))
 
     def label_now(self, evidence: LatentEvidence) -> Label:
         """`label` outside of an event loop; tens of milliseconds of CPU."""

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autointerp.errors import InputError
 from autointerp.labeling.base import LABELERS, LabelingSettings
+from autointerp.labeling.effect import readable
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.faults import Terminal
 from autointerp.labeling.llm.provider import Planned, Request
 from autointerp.labeling.prompts import Prompts, quote
-from autointerp.labeling.windows import Window, firing_windows, silent_windows
-from autointerp.records import Label, LatentEvidence, Prediction, Write, WriteKind
+from autointerp.labeling.summary import parse_summary, summary_request
+from autointerp.labeling.windows import Window, firing_windows, likeliest, quote_token, silent_windows
+from autointerp.records import Change, Label, LatentEvidence, Prediction, RunSummary, Write, WriteKind
 
 NO_PATTERN = "no clear pattern"
 MAX_WORDS = 8
 MAX_OUTPUT_TOKENS = 320
 TYPICAL_OUTPUT_TOKENS = 95
 
-N_FIRING, N_TOP, N_SILENT, N_PEAKS = 10, 4, 5, 3
+N_FIRING, N_TOP, N_SILENT, N_PEAKS, N_LIKELIEST, N_DECODER = 10, 4, 6, 3, 3, 5
 _SHOWN: dict[WriteKind, int] = {"promotes": 6, "suppresses": 5, "raises": 3, "lowers": 3}
 _SHARE_OF_STRONGEST = 0.1
 
@@ -86,6 +89,19 @@ class LLMLabeler:
         said = reply.value
         return Label(evidence.latent, self.name, "ok", said.label, said.explanation, said.effect, prompt_sha256=sha256)
 
+    async def summarise(self, changes: Sequence[Change]) -> RunSummary:
+        """One question about all labelled latents; failed when a sentence cites none of them, also after a repair."""
+        request = summary_request(self._prompts, changes)
+        known = {change.latent for change in changes}
+        sha256 = request.prompt_sha256()
+        try:
+            reply = await self.engine.ask(
+                request, lambda answer: parse_summary(answer, known), latent=None, purpose="summary"
+            )
+        except Terminal as fault:
+            return RunSummary(self.name, fault.status, (), str(fault), sha256)
+        return RunSummary(self.name, "ok", tuple(reply.value), None, sha256)
+
 
 class NoContextsError(InputError):
     """There is nothing to explain a latent from."""
@@ -102,6 +118,7 @@ def explain_request(prompts: Prompts, evidence: LatentEvidence, shorter: bool = 
         "explain",
         firing=[{"strengths": window.strengths(largest), "text": window.marked()} for window in firing],
         silent=[window.plain() for window in silent_windows(evidence, "explain", N_SILENT // share)],
+        decoder=_decoder(evidence),
         writes=_writes(evidence),
         predictions=_predictions(evidence, firing),
     )
@@ -113,11 +130,13 @@ def parse_explanation(answer: dict[str, Any]) -> Explanation:
     said = Explanation(*(_words(answer, name) for name in ("label", "explanation", "effect")))
     if not said.label or not said.explanation:
         raise ValueError("label and explanation must not be empty")
-    n_words = len(said.label.split())
-    if n_words > MAX_WORDS + 4:  # a little over is no reason to pay twice
-        raise ValueError(f"the label has {n_words} words, at most {MAX_WORDS} are allowed")
+    words = said.label.split()
+    if len(words) > MAX_WORDS + 4:
+        raise ValueError(f"the label has {len(words)} words, at most {MAX_WORDS} are allowed")
     if said.label.casefold().rstrip(".") == NO_PATTERN:
         return Explanation(NO_PATTERN, said.explanation, said.effect)
+    if len(words) > MAX_WORDS:  # a little over is no reason to pay twice: the explanation says the whole
+        return Explanation(" ".join(words[:MAX_WORDS]) + " …", said.explanation, said.effect)
     return said
 
 
@@ -126,6 +145,17 @@ def _words(answer: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name!r} must be a string")
     return " ".join("".join(c if c.isprintable() else " " for c in value).split())
+
+
+def _decoder(evidence: LatentEvidence) -> list[dict[str, str]]:
+    """What the latent's own direction pushes towards, one line of the prompt for each kind."""
+    lines: list[dict[str, str]] = []
+    for kind in ("promotes", "suppresses"):
+        ranked = sorted((d for d in evidence.decoder if d.kind == kind), key=lambda d: d.rank)
+        tokens = [d.token for d in ranked if readable(d.token)][:N_DECODER]
+        if tokens:
+            lines.append({"what": kind, "tokens": ", ".join(map(quote_token, tokens))})
+    return lines
 
 
 def _writes(evidence: LatentEvidence) -> list[dict[str, str]]:
@@ -158,7 +188,7 @@ _STATES = {
 
 def _item(write: Write) -> str:
     if write.target_latent is None:
-        return f"{_token(write.target_token or '')} {write.weight:+.2f}"
+        return f"{quote_token(write.target_token or '')} {write.weight:+.2f}"
     hint = f" (pushes {quote(write.target_hint)})" if write.target_hint else ""
     return f"{write.target_latent}{hint} {write.weight:+.2f}"
 
@@ -172,14 +202,5 @@ def _predictions(evidence: LatentEvidence, firing: list[Window]) -> list[dict[st
             if prediction.context_id == window.context.context_id:
                 sides[prediction.side].append(prediction)
         if all(sides.values()) and len(lines) < N_PEAKS:
-            lines.append({"number": number, **{side: _likeliest(found) for side, found in sides.items()}})
+            lines.append({"number": number, **{side: likeliest(found, N_LIKELIEST) for side, found in sides.items()}})
     return lines
-
-
-def _likeliest(predictions: list[Prediction], n: int = 3) -> str:
-    ranked = sorted(predictions, key=lambda p: p.rank)[:n]
-    return ", ".join(f"{_token(p.token)} {100 * p.probability:.0f} %" for p in ranked)
-
-
-def _token(token: str) -> str:
-    return '"' + quote(token).replace('"', '\\"') + '"'

@@ -33,7 +33,8 @@ class Positions:
 
 def gather(evidence: LatentEvidence, split: Split) -> Positions:
     """The positions of one split of a latent's contexts."""
-    every = evidence.of(split)
+    # Near misses were looked for: among the positions of a random sample they would count too much.
+    every = tuple(c for c in evidence.of(split) if c.foil is None)
     contexts = tuple(c for c in every if c.tokens and len(_activations(evidence, c)) == len(c.tokens))
     starts = [c.position - c.peak if c.position >= c.peak else None for c in contexts]
     reading = Reading([c.tokens for c in contexts], starts)

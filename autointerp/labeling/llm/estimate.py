@@ -7,18 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from autointerp.labeling.base import LABELERS, SCORERS, LabelingSettings, needs_engine, split_spec
+from autointerp.labeling.base import LABELERS, LabelingSettings, find_scorer, needs_engine, split_spec
 from autointerp.labeling.llm.prices import Price, find_price
 from autointerp.labeling.llm.provider import Planned
 from autointerp.labeling.prompts import Prompts
-from autointerp.records import Context, ContextKind, LatentEvidence, Prediction, Split, Write, WriteKind
+from autointerp.labeling.summary import plan_summary
+from autointerp.records import Context, ContextKind, DecoderToken, LatentEvidence, Prediction, Split, Write, WriteKind
 
 BYTES_PER_TOKEN = (4.6, 3.8, 3.0)
 """Of English and code in current tokenisers: many, typical, few."""
 OUTPUT_SPREAD = (0.7, 1.0, 1.8)
 SECONDS_PER_CALL = (0.8, 4.0)
 _FORMAT_TOKENS = 12
-_CONTEXTS_PER_KIND, _PEAK = 15, 23
+_CONTEXTS_PER_KIND, _PREDICTED, _PEAK = 20, 10, 23
 _HINT = "` token`, ` token`"
 _WRITE_KINDS: tuple[tuple[WriteKind, str | None], ...] = (
     ("promotes", None),
@@ -57,15 +58,19 @@ def estimate(
     """
     name, model = split_spec(spec)
     prompts = Prompts(settings.prompts_dir)
-    askers = [item for item in (LABELERS.get(name), *map(SCORERS.get, scorers)) if needs_engine(item)]
+    askers = [item for item in (LABELERS.get(name), *(find_scorer(spec)[0] for spec in scorers)) if needs_engine(item)]
     planned: list[Planned] = []
     if askers:
         counted = [typical_evidence()] if isinstance(latents, int) else latents
         planned = [plan for item in askers for evidence in counted for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
         planned *= latents if isinstance(latents, int) else 1
     for scorer, waiting in (to_score or {}).items():
-        if needs_engine(item := SCORERS.get(scorer)):
+        if needs_engine(item := find_scorer(scorer)[0]):
             planned += [plan for evidence in waiting for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
+    if planned:
+        n = latents if isinstance(latents, int) else len(latents)
+        n = max(n, *(len(waiting) for waiting in (to_score or {}).values()), 1)
+        planned.append(plan_summary(prompts, n))
     price = find_price(model, settings.prices_path) if model else Price(0, 0, 0, 0)
     least = [plan for plan in planned if plan.certain]
     spreads = zip((least, planned, planned), BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True)
@@ -102,15 +107,17 @@ def typical_evidence() -> LatentEvidence:
     )
     sides: tuple[Literal["base", "adapted"], ...] = ("base", "adapted")
     predictions = tuple(
-        Prediction(0, context.context_id, side, rank, " token", 0.25)
+        Prediction(0, context.context_id, side, rank, " token", p)
         for context in contexts
-        for side in sides
+        if context.kind == "quantile" and context.rank <= _PREDICTED
+        for side, p in zip(sides, (0.25, 0.5), strict=True)
         for rank in (1, 2, 3)
     )
+    decoder = tuple(DecoderToken(0, "promotes", " token", 1.0, rank) for rank in range(1, 6))
     measured = {"mean_base": 0.1, "mean_adapted": 0.1, "freq_base": 0.01, "freq_adapted": 0.01}
     return LatentEvidence(
         "typical", 0, 1, "read", "live", 0.25, 1.0, **measured, max_base=1.0, max_adapted=1.0,
-        contexts=contexts, writes=writes, predictions=predictions,
+        contexts=contexts, writes=writes, predictions=predictions, decoder=decoder,
     )  # fmt: skip
 
 
