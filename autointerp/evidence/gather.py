@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from autointerp.evidence.collector import collect
-from autointerp.evidence.corpus import Corpus, check_context_length, open_corpus
+from autointerp.evidence.corpus import Corpus, adds_bos, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.fitted import FittedMap
@@ -71,7 +71,7 @@ class Evidence:
         documents = open_corpus(run.corpus or "", run.text_column)
         open_scratch(run.settings.scratch).close()
         device = str(torch_device(run.settings.device))
-        dictionary = load_dictionary(run.sae, device)
+        dictionary = load_dictionary(run.sae, device, hook=run.hook)
         run = run.with_hook(dictionary.hook)
         if pair is not None and tokenizer is not None:
             model = PairedModel(pair, run.hook or "", tokenizer)
@@ -82,9 +82,8 @@ class Evidence:
         check_fits(dictionary, model.d_model, run.sae)
         check_context_length(run.context_length, model.max_positions)
         model.check_sees_adapter()
-        corpus = Corpus(
-            documents, model.tokenizer, run.context_length, dictionary.prepend_bos, run.max_tokens, run.settings.seed
-        )
+        bos = adds_bos(model.tokenizer) if dictionary.prepend_bos is None else dictionary.prepend_bos
+        corpus = Corpus(documents, model.tokenizer, run.context_length, bos, run.max_tokens, run.settings.seed)
         corpus.check()
         return cls(run, model, dictionary, corpus, in_memory=pair is not None)
 

@@ -122,7 +122,7 @@ class Linear(_Decoding):
 class TopK(Linear):
     """The k largest pre-activations of each token, those above 0; not elementwise, so columns cost a whole encoding."""
 
-    def __init__(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *, b_enc: Tensor, k: int, **options: Any):
+    def __init__(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *, b_enc: Tensor | None, k: int, **options: Any):
         super().__init__(W_enc, W_dec, b_dec, b_enc=b_enc, activation=relu, **options)
         self.k = k
 
@@ -146,6 +146,29 @@ class TopK(Linear):
         pre = _affine(self._centred(x), self.W_enc, self.b_enc)
         values, indices = pre.topk(self.k, dim=1, sorted=False)
         return values.relu_().float(), indices
+
+
+class SignedTopK(TopK):
+    """The k largest pre-activations of each token as they are, negative ones too; `by_size` ranks by |pre|."""
+
+    def __init__(self, *weights: Tensor, by_size: bool, **options: Any):
+        super().__init__(*weights, **options)
+        self.signed, self.by_size = True, by_size
+
+    def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = _affine(self._centred(x), self.W_enc, self.b_enc)
+        indices = (pre.abs() if self.by_size else pre).topk(self.k, dim=1, sorted=False).indices
+        return pre.gather(1, indices).float(), indices
+
+
+class GroupMax(TopK):
+    """The largest of each of k equal groups of consecutive latents, where above 0 (sparsify's `groupmax`)."""
+
+    def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = _affine(self._centred(x), self.W_enc, self.b_enc)
+        values, place = pre.unflatten(1, (self.k, -1)).max(dim=2)
+        first = torch.arange(0, self.d_sae, self.d_sae // self.k, device=pre.device)
+        return values.relu_().float(), place + first
 
 
 class Generic(_Decoding):
