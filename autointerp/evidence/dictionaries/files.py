@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,11 +85,12 @@ def read_pickle(path: Path, name: str, stand_ins: Sequence[tuple[Any, str]] = ()
     """
     _must_exist(path, name)
     try:
-        with torch.serialization.safe_globals(list(stand_ins)):
+        with torch.serialization.safe_globals(list(stand_ins)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{name}: {path.name} is {_why_refused(error)}") from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever damaged bytes lead the unpickler into: struct.error, AssertionError, …
         raise InputError(f"{name}: {path.name} is corrupt ({first_words(error)}); {MEND}") from error
 
 
@@ -128,9 +131,8 @@ def _must_exist(path: Path, name: str) -> None:
 
 
 def _why_refused(error: pickle.UnpicklingError) -> str:
-    line = first_words(error, 2000)
-    for asked in ("Unsupported global: GLOBAL ", "Unsupported class "):
-        if asked in line:
-            wanted = line.partition(asked)[2].split()[0]
-            return f"a pickle that asks for {wanted}, which is not read for safety's sake; save a plain state dict"
-    return f"corrupt, or no file of tensors ({line[:160]}); {MEND}"
+    line = first_words(error, 4000)
+    if asked := re.search(r"(?:GLOBAL|Unsupported class) (\S+)", line):
+        return f"a pickle that asks for {asked[1]}, which is not read for safety's sake; save a plain state dict"
+    reason = line.partition("WeightsUnpickler error: ")[2].partition(" Check the doc")[0]
+    return f"corrupt, or no file of tensors ({reason or line[:120]}); {MEND}"

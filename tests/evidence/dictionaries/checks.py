@@ -23,19 +23,22 @@ def activations(n: int = 200, d: int = D) -> Tensor:
     return 3 * torch.randn(n, d, generator=torch.Generator().manual_seed(1)) + 1
 
 
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def agrees(dictionary: Dictionary, z: Tensor, x_hat: Tensor, x: Tensor) -> None:
     """All four ways through the dictionary give z [n, m] and x_hat [n, d] for x [n, d]."""
-    close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(dictionary.encode(x), z, **close)
+    close(dictionary.encode(x), z)
     latents = torch.tensor([40, 3, 17])
-    torch.testing.assert_close(dictionary.encode_columns(x, latents), z[:, latents], **close)
+    close(dictionary.encode_columns(x, latents), z[:, latents])
     active = dictionary.encode_active(x)
     assert torch.equal(active.token, active.token.sort().values)
     assert (active.value != 0).all()
     dense = torch.zeros_like(z).index_put((active.token, active.latent), active.value)
-    torch.testing.assert_close(dense, z, **close)
-    torch.testing.assert_close(dictionary.decode(z), x_hat, **close)
-    torch.testing.assert_close(z @ dictionary.W_dec + dictionary.b_dec, x_hat, **close)
+    close(dense, z)
+    close(dictionary.decode(z), x_hat)
+    close(z @ dictionary.W_dec + dictionary.b_dec, x_hat)
     assert 0.01 < (z != 0).float().mean() < 0.9
     assert dictionary.signed == bool((z < 0).any())
     assert (dictionary.d_in, dictionary.d_sae) == (x.shape[1], z.shape[1])

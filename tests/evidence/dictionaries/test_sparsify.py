@@ -99,7 +99,7 @@ def test_where_it_was_trained(tmp_path: Path) -> None:
     }.items():
         saved = save(tmp_path / folder)
         assert hook_of(saved) == load_dictionary(saved).hook == hook
-    assert load_dictionary(saved / "sae.safetensors").d_sae == M
+    assert load_dictionary(tmp_path / "my_sae" / "sae.safetensors").d_sae == M
 
 
 @pytest.mark.parametrize("key", ["encoder.weight", "encoder.bias", "W_dec", "b_dec"])
