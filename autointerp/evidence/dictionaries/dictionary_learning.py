@@ -39,7 +39,7 @@ Weights = dict[str, Tensor]
 class DictionaryLearning:
     """A folder with `ae.pt` and `config.json`; or the one .pt file, its config beside it or one folder up."""
 
-    says = ()
+    says: tuple[str, ...] = ()
 
     def matches(self, path: Path) -> bool:
         if path.is_dir():

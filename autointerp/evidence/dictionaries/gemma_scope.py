@@ -29,7 +29,7 @@ _MODULES = {("", "output"): "hook_resid_post", ("post_feedforward_layernorm", "o
 class GemmaScope:
     """A folder with `params.npz` or `params.safetensors`, or that file."""
 
-    says = ()
+    says: tuple[str, ...] = ()
 
     def matches(self, path: Path) -> bool:
         if path.is_file():

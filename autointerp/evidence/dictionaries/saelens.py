@@ -34,7 +34,7 @@ _REFUSED = {
 class SaeLensFolder:
     """A folder with `cfg.json` and `sae_weights.safetensors`, or one of the two."""
 
-    says = ()
+    says: tuple[str, ...] = ()
 
     def matches(self, path: Path) -> bool:
         if path.is_file():

@@ -27,7 +27,7 @@ _MODULE = re.compile(r"(\w+\.)*(layers|h|blocks)\.\d+(\.\w+)*|embed_tokens|embed
 class Sparsify:
     """A folder with `cfg.json` and `sae.safetensors`, named after the module it reads."""
 
-    says = ()
+    says: tuple[str, ...] = ()
 
     def matches(self, path: Path) -> bool:
         return path.name == WEIGHTS if path.is_file() else (path / WEIGHTS).is_file()

@@ -28,7 +28,8 @@ WEIGHTS = {
 
 def save(folder: Path, weights: dict[str, Tensor] = WEIGHTS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "params.npz", **{key: value.numpy() for key, value in weights.items()})
+    arrays: Any = {key: value.numpy() for key, value in weights.items()}
+    np.savez(folder / "params.npz", **arrays)
     return folder
 
 
@@ -67,7 +68,7 @@ def test_the_arithmetic(tmp_path: Path) -> None:
 
 def test_where_it_was_trained(tmp_path: Path) -> None:
     for folder, hook in {
-        "models--google--gemma-scope-2b-pt-res/snapshots/fd57/layer_20/width_16k/average_l0_71": "blocks.20.hook_resid_post",
+        "models--google--gemma-scope-2b-pt-res/snapshots/fd/layer_20/width_16k/l0_7": "blocks.20.hook_resid_post",
         "gemma-scope-9b-it-res/layer_9/width_16k/canonical": "blocks.9.hook_resid_post",
         "gemma-scope-2b-pt-mlp/layer_3/width_65k/average_l0_71": "blocks.3.hook_mlp_out",
         "gemma-scope-2b-pt-att/layer_3/width_65k/average_l0_71": "blocks.3.attn.hook_z",
@@ -104,10 +105,11 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     np.save(tmp_path / "a" / "b.npy", np.zeros(3))
     (tmp_path / "a" / "b.npy").rename(path)
     refuses(path, r"is corrupt, or no .npz of numbers")
-    np.savez(path, **{key: value.numpy().astype("U") for key, value in WEIGHTS.items()})
+    words: Any = {key: value.numpy().astype("U") for key, value in WEIGHTS.items()}
+    np.savez(path, **words)
     refuses(path, r"is corrupt, or no .npz of numbers")
     refuses(save(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1"), r"is a transcoder: it writes at another hook")
-    out = {"hf_hook_point_out": "model.layers.17.post_feedforward_layernorm.output"}
+    out: Any = {"hf_hook_point_out": "model.layers.17.post_feedforward_layernorm.output"}
     refuses(save_new(tmp_path / "t", **out), r"is a transcoder")
     refuses(save_new(tmp_path / "s", WEIGHTS | {"affine_skip_connection": draw(D, D)}), r"is a transcoder")
     (save_new(tmp_path / "d") / "params.safetensors").write_bytes(b"no")
