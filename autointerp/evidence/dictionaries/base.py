@@ -77,9 +77,9 @@ class ActiveLatents(NamedTuple):
 class Dictionary(ABC):
     """Latents of one hook point: m = d_sae latents over activations of width d = d_in.
 
-    A reconstruction is x̂ = z W_dec + b_dec, with `W_dec` as it acts on `z`: where a format divides activations by the
-    decoder norms, that is folded into `W_dec`. Formats that normalise x token by token (`normalised`) reconstruct in
-    normalised units and need x to come back.
+    A reconstruction is x̂ = z W_dec + b_dec (+ `lookup[token]`), with `W_dec` as it acts on `z`: where a format divides
+    activations by the decoder norms, that is folded into `W_dec`. Formats that normalise x token by token
+    (`normalised`) reconstruct in normalised units and need x to come back.
     """
 
     d_in: int
@@ -97,6 +97,8 @@ class Dictionary(ABC):
     context_size: int | None = None
     W_enc: Tensor | None = None
     """Encoder columns [d, m] as they act on x − b_dec; None where the format has no linear encoder."""
+    lookup: Tensor | None = None
+    """What a token alone adds to the reconstruction [vocab, d]; the same on both sides, so no part of a change."""
     signed: bool = False
     """Whether activations can be negative."""
     normalised: bool = False
@@ -117,8 +119,9 @@ class Dictionary(ABC):
         return ActiveLatents(token, latent, z[token, latent])
 
     @abstractmethod
-    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
-        """Reconstruction [n, d] float32 of z [n, m]; `x`, the activations encoded, is needed where `normalised`."""
+    def decode(self, z: Tensor, x: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """Reconstruction [n, d] float32 of z [n, m]; `x`, the activations encoded, is needed where `normalised`, and
+        `tokens` [n], their ids, where there is a `lookup`."""
 
 
 def load_dictionary(

@@ -60,8 +60,12 @@ class _Decoding(Dictionary):
     normalisation: Normalisation
 
     @torch.no_grad()
-    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, x: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         u = torch.addmm(self.b_dec, z.to(self.W_dec.dtype), self.W_dec)
+        if self.lookup is not None:
+            if tokens is None:
+                raise ValueError("this dictionary looks tokens up: decode(z, tokens=tokens) needs their ids")
+            u += self.lookup[tokens]
         return self.normalisation.undo(u, x).float()
 
 

@@ -119,10 +119,18 @@ def test_one_of_several_is_chosen_by_number(tmp_path: Path, foreign: dict[str, t
     refuses(f"{saved}#k=4", r"k= means nothing here, this format takes index")
 
 
-@pytest.mark.parametrize(
-    ("name", "key"), [(n, k) for n, f in FIELDS.items() for k, v in f.items() if hasattr(v, "ndim")]
-)
-@pytest.mark.parametrize("damage", range(len(DAMAGES)))
+CASES = [
+    (name, key, damage)
+    for name, fields in FIELDS.items()
+    for key, value in fields.items()
+    for damage in range(len(DAMAGES))
+    if isinstance(value, Tensor)
+    and not (key.startswith("center_") and damage == 0)  # old pickles have none
+    and not (key.endswith("dict") and damage == 2)  # it fits nothing but itself
+]
+
+
+@pytest.mark.parametrize(("name", "key", "damage"), CASES)
 def test_damaged_weights_are_one_line(
     tmp_path: Path, foreign: dict[str, type], name: str, key: str, damage: int
 ) -> None:
