@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError
 
 from autointerp.errors import InputError
+from autointerp.evidence.sae_spec import hook_in_config, split_spec
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ class Run:
     adapter_format: str
     adapter_sha256: str
     sae: str
-    """A local folder, or a SAELens release/sae_id."""
+    """A local folder or file, or a SAELens release/sae_id; `#key=value` behind a path says what its files do not."""
     hook: str | None = None
     """Hook point; None until the dictionary, which names it, is loaded from the hub."""
     corpus: str | None = None
@@ -182,10 +183,10 @@ def fingerprint(path: str, key: str) -> str:
 
     Every byte of a small file counts; a large one written anew differs in its samples too. For a hub id, the id.
     """
-    root = Path(path)
+    root, said = split_spec(path) if key == "sae" else (Path(path), {})
     if not root.exists():
         return path
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(said).encode() if said else b"")
     for file in _files(root, key):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root) if root.is_dir() else file.name}\0{size}\0".encode())
@@ -197,14 +198,14 @@ def fingerprint(path: str, key: str) -> str:
 
 
 def hook_of(sae: str) -> str | None:
-    """The hook point in the `cfg.json` of a local SAE, under SAELens' present and former keys; None without one."""
-    try:
-        config = json.loads((Path(sae) / "cfg.json").read_text())
-    except (OSError, ValueError):  # a hub id, another format, or damaged: loading it will tell
-        return None
-    places = [config, config.get("metadata")] if isinstance(config, dict) else []
-    names = [place.get(key) for place in places if isinstance(place, dict) for key in ("hook_name", "hook_point")]
-    return next((name for name in names if isinstance(name, str)), None)
+    """The hook point that a local SAE's files name: its `cfg.json`, under SAELens' present and former keys, or whatever
+    its format has instead (only then is torch loaded). None where they name none; loading it will tell more."""
+    named = hook_in_config(Path(sae) / "cfg.json")
+    if named is None and split_spec(sae)[0].exists():
+        from autointerp.evidence import dictionaries
+
+        return dictionaries.hook_of(sae)
+    return named
 
 
 def _files(root: Path, key: str) -> Iterable[Path]:
@@ -260,9 +261,12 @@ def _locate(key: str, value: Any, root: Path, option: str | None = None) -> str:
     option = option or key
     if not isinstance(value, str | Path):
         raise InputError(f"{option} {value!r}: want a path or a hub id")
+    said = ""
     path = root / Path(value).expanduser()
+    if key == "sae" and "#" in str(value) and not path.exists():
+        path, said = root / split_spec(value)[0], "#" + str(value).rpartition("#")[2]
     if path.exists():
-        return str(path.resolve())
+        return f"{path.resolve()}{said}"
     if _HUB_IDS[key].match(str(value)):
         return str(value)
     other = "a SAELens release/sae_id" if key == "sae" else "a hub id"

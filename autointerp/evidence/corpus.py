@@ -257,6 +257,12 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins a text with BOS of its own accord, as a trainer's plain call of it has it do."""
+    first = tokenizer("a")["input_ids"][:1]
+    return tokenizer.bos_token_id is not None and list(first) == [tokenizer.bos_token_id]
+
+
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """`items`, made ahead by a background thread, at most `depth` waiting. Closing the result ends the thread."""
     waiting: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(depth)

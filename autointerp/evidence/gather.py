@@ -18,7 +18,7 @@ import torch
 from autointerp.errors import InputError
 from autointerp.evidence.adapters import ADAPTERS
 from autointerp.evidence.collector import collect
-from autointerp.evidence.corpus import Corpus, check_context_length, open_corpus
+from autointerp.evidence.corpus import Corpus, adds_bos, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.directions import InMemory
@@ -94,7 +94,7 @@ class Evidence:
         documents = open_corpus(run.corpus or "", run.text_column)
         open_scratch(run.settings.scratch).close()
         device = str(torch_device(run.settings.device))
-        dictionary = load_dictionary(run.sae, device)
+        dictionary = load_dictionary(run.sae, device, hook=run.hook)
         run = run.with_hook(dictionary.hook)
         given = _load_given(run, dictionary, documents, device)
         if pair is not None and tokenizer is not None:
@@ -109,9 +109,8 @@ class Evidence:
         if set(run.settings.selector) & set(WEIGHTS_ONLY):
             found = ADAPTERS.get(run.adapter_format)
             found.weight_changes(run.adapter, BaseWeights.at(run.base))  # says at once where weights do not say
-        corpus = Corpus(
-            documents, model.tokenizer, run.context_length, dictionary.prepend_bos, run.max_tokens, run.settings.seed
-        )
+        bos = adds_bos(model.tokenizer) if dictionary.prepend_bos is None else dictionary.prepend_bos
+        corpus = Corpus(documents, model.tokenizer, run.context_length, bos, run.max_tokens, run.settings.seed)
         corpus.check()
         return cls(run, model, dictionary, corpus, pair is not None, given)
 

@@ -96,6 +96,11 @@ class Layout:
         blocks = family.blocks if family else _find_blocks(_modules(model), n_layers, config.model_type)
         return cls(config.model_type, n_layers, blocks, family, parallel)
 
+    @property
+    def body(self) -> str:
+        """Path of the module that holds the blocks, e.g. `model` or `transformer`."""
+        return self.blocks.rpartition(".")[0]
+
     def place(self, module: str) -> tuple[int, str]:
         """(layer, child) of a module path: −1 before the blocks, n_layers after them; child "" is the block itself."""
         if module.startswith(f"{self.blocks}."):
@@ -180,6 +185,8 @@ def resolve(name: str, model: PreTrainedModel | PretrainedConfig) -> HookPoint:
     if match := _NAME.fullmatch(name):
         return layout.named(name, int(match[1]), match[2])
     modules = _modules(model)
+    if name not in modules and f"{layout.body}.{name}" in modules:
+        name = f"{layout.body}.{name}"  # as the trainers of some dictionaries name it: below the base model
     found = modules.get(name)
     if found is None or not name:
         raise InputError(_no_such_module(name, layout))

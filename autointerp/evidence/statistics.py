@@ -52,6 +52,8 @@ class PairedCodes:
     """Index of each token among its document's tokens, [n]."""
     place: np.ndarray
     """Part of its sequence that each token stands in, [n], 0 … N_PLACES − 1; see `place_of`."""
+    looked_up: np.ndarray | float = 0.0
+    """What the dictionary's lookup adds to the reconstruction of each token [n, d]."""
 
 
 def place_of(position: np.ndarray, piece: int) -> np.ndarray:
@@ -124,8 +126,8 @@ class StreamMoments:
     def add(self, codes: PairedCodes, W_dec: np.ndarray, b_dec: np.ndarray) -> np.ndarray:
         """Adds one batch and returns Δx [n, d]."""
         change = codes.x_adapted - codes.x_base
-        error_base = codes.x_base - b_dec - codes.base @ W_dec
-        error_adapted = codes.x_adapted - b_dec - codes.adapted @ W_dec
+        error_base = codes.x_base - b_dec - codes.looked_up - codes.base @ W_dec
+        error_adapted = codes.x_adapted - b_dec - codes.looked_up - codes.adapted @ W_dec
         self.sum_base += codes.x_base.sum(0, dtype=np.float64)
         self.sum_adapted += codes.x_adapted.sum(0, dtype=np.float64)
         self.sum_change += change.sum(0, dtype=np.float64)

@@ -148,6 +148,7 @@ def encoded(dictionary: Dictionary, paired: PairedBatch, norm_limit: float, piec
         order=np.repeat(batch.orders, counted.sum(1).numpy()),
         position=position,
         place=place_of(position, piece),
+        looked_up=0.0 if dictionary.lookup is None else dictionary.lookup[batch.ids[counted]].float().cpu().numpy(),
     )
     return CodedBatch(batch, counted, paired.x_base.cpu(), paired.x_adapted.cpu(), codes)
 

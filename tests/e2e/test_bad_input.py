@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "sae corrupt": (truncate(SAE_WEIGHTS), r"SAE .*sae_weights.safetensors is corrupt .*; copy or save it again"),
     "sae NaN": (poison(SAE_WEIGHTS, "W_dec"), r"SAE .*W_dec holds NaN or infinite weights"),
     "sae bias infinite": (poison(SAE_WEIGHTS, "b_enc", float("inf")), r"SAE .*b_enc holds NaN or infinite weights"),
-    "sae is a file": (give(sae="@corpus.jsonl"), r"SAE .*: is a file; give the folder"),
+    "sae is a file": (give(sae="@corpus.jsonl"), r"SAE .*: is a file of no format we read .*; give the folder"),
     "hook beyond the last layer": (give(hook="blocks.9.hook_resid_post"), r"the model has 4 layers; the last is blocks.3"),
     "hook of another architecture": (give(hook="model.layers.1"), r"hook model.layers.1: no such point in this model \(gpt2\); it has"),
     "hook unknown": (give(hook="blocks.1.hook_z"), r"hook blocks.1.hook_z: no point hook_z; choose one of"),

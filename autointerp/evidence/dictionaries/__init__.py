@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from autointerp.evidence.dictionaries.base import DICTIONARIES, ActiveLatents, Dictionary, check_fits, load_dictionary
+from autointerp.evidence.dictionaries.base import (
+    DICTIONARIES,
+    ActiveLatents,
+    Dictionary,
+    check_fits,
+    hook_of,
+    load_dictionary,
+)
 
-__all__ = ["DICTIONARIES", "ActiveLatents", "Dictionary", "check_fits", "load_dictionary"]
+__all__ = ["DICTIONARIES", "ActiveLatents", "Dictionary", "check_fits", "hook_of", "load_dictionary"]

@@ -60,8 +60,12 @@ class _Decoding(Dictionary):
     normalisation: Normalisation
 
     @torch.no_grad()
-    def decode(self, z: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode(self, z: Tensor, x: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         u = torch.addmm(self.b_dec, z.to(self.W_dec.dtype), self.W_dec)
+        if self.lookup is not None:
+            if tokens is None:
+                raise ValueError("this dictionary looks tokens up: decode(z, tokens=tokens) needs their ids")
+            u += self.lookup[tokens]
         return self.normalisation.undo(u, x).float()
 
 
@@ -122,7 +126,7 @@ class Linear(_Decoding):
 class TopK(Linear):
     """The k largest pre-activations of each token, those above 0; not elementwise, so columns cost a whole encoding."""
 
-    def __init__(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *, b_enc: Tensor, k: int, **options: Any):
+    def __init__(self, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, *, b_enc: Tensor | None, k: int, **options: Any):
         super().__init__(W_enc, W_dec, b_dec, b_enc=b_enc, activation=relu, **options)
         self.k = k
 
@@ -146,6 +150,29 @@ class TopK(Linear):
         pre = _affine(self._centred(x), self.W_enc, self.b_enc)
         values, indices = pre.topk(self.k, dim=1, sorted=False)
         return values.relu_().float(), indices
+
+
+class SignedTopK(TopK):
+    """The k largest pre-activations of each token as they are, negative ones too; `by_size` ranks by |pre|."""
+
+    def __init__(self, *weights: Tensor, by_size: bool, **options: Any):
+        super().__init__(*weights, **options)
+        self.signed, self.by_size = True, by_size
+
+    def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = _affine(self._centred(x), self.W_enc, self.b_enc)
+        indices = (pre.abs() if self.by_size else pre).topk(self.k, dim=1, sorted=False).indices
+        return pre.gather(1, indices).float(), indices
+
+
+class GroupMax(TopK):
+    """The largest of each of k equal groups of consecutive latents, where above 0 (sparsify's `groupmax`)."""
+
+    def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = _affine(self._centred(x), self.W_enc, self.b_enc)
+        values, place = pre.unflatten(1, (self.k, -1)).max(dim=2)
+        first = torch.arange(0, self.d_sae, self.d_sae // self.k, device=pre.device)
+        return values.relu_().float(), place + first
 
 
 class Generic(_Decoding):

@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from autointerp.errors import InputError
-from autointerp.evidence.dictionaries.base import DICTIONARIES, Dictionary, check_finite
+from autointerp.evidence.dictionaries.base import DICTIONARIES, Dictionary, Source, check_finite
+from autointerp.evidence.dictionaries.files import first_words
 from autointerp.evidence.dictionaries.kernels import Generic, Linear, Normalisation, TopK, gated, jumprelu, relu
+from autointerp.evidence.sae_spec import hook_in_config
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -30,16 +32,23 @@ _REFUSED = {
 
 
 class SaeLensFolder:
-    """A folder with `cfg.json` and `sae_weights.safetensors`."""
+    """A folder with `cfg.json` and `sae_weights.safetensors`, or one of the two."""
 
-    def matches(self, folder: Path) -> bool:
-        files = {file.name for file in folder.iterdir()}
-        return WEIGHTS in files or (CONFIG in files and "sae.safetensors" not in files)  # that one is sparsify's
+    says: tuple[str, ...] = ()
 
-    def load(self, folder: Path, device: str, dtype: torch.dtype) -> Dictionary:
+    def matches(self, path: Path) -> bool:
+        if path.is_file():
+            return path.name == WEIGHTS or (path.name == CONFIG and self.matches(path.parent))
+        files = {file.name for file in path.iterdir()}
+        return WEIGHTS in files or (CONFIG in files and not any(f.endswith((".safetensors", ".pt")) for f in files))
+
+    def hook(self, source: Source) -> str | None:
+        return hook_in_config(_folder(source.path) / CONFIG)
+
+    def load(self, source: Source, device: str, dtype: torch.dtype) -> Dictionary:
         from sae_lens import SAE
 
-        name = f"SAE {folder}"
+        name, folder = source.name, _folder(source.path)
         _check_config(name, folder / CONFIG)
         _check_weights(name, folder / WEIGHTS)
         try:
@@ -47,8 +56,12 @@ class SaeLensFolder:
                 warnings.simplefilter("ignore")
                 sae = SAE.load_from_disk(folder, device=device, dtype=_name_of(dtype))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{name}: sae_lens cannot load it ({_first_words(error)}); save it again") from error
+            raise InputError(f"{name}: sae_lens cannot load it ({first_words(error)}); save it again") from error
         return from_sae(sae, name)
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 DICTIONARIES.register("saelens")(SaeLensFolder())
@@ -78,10 +91,10 @@ def load_release(spec: str, device: str, dtype: torch.dtype) -> Dictionary:
             warnings.simplefilter("ignore")
             sae = SAE.from_pretrained(release, sae_id, device=device, dtype=_name_of(dtype))
     except OSError as error:  # huggingface_hub: offline, no such repository, no such file
-        reason = f"{_first_words(error)}; give a local folder, or go online"
+        reason = f"{first_words(error)}; give a local folder, or go online"
         raise InputError(f"SAE {spec}: cannot be fetched from the hub ({reason})") from error
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"SAE {spec}: sae_lens cannot load it ({_first_words(error)}); give another --sae") from error
+        raise InputError(f"SAE {spec}: sae_lens cannot load it ({first_words(error)}); give another --sae") from error
     return from_sae(sae, f"SAE {spec}")
 
 
@@ -158,7 +171,7 @@ def _check_config(name: str, path: Path) -> None:
     except FileNotFoundError as error:
         raise InputError(f"{name}: no {CONFIG} beside its weights; save it again or give another --sae") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: {CONFIG} is not readable JSON ({_first_words(error)}); save it again") from error
+        raise InputError(f"{name}: {CONFIG} is not readable JSON ({first_words(error)}); save it again") from error
     missing = [key for key in ("d_in", "d_sae") if not isinstance(config, dict) or not isinstance(config.get(key), int)]
     if missing:
         raise InputError(f"{name}: {CONFIG} has no {' and no '.join(missing)}; give --sae a SAE that SAELens saved")
@@ -171,7 +184,7 @@ def _check_weights(name: str, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{name}: {WEIGHTS} is corrupt ({_first_words(error)}); copy or save it again") from error
+        raise InputError(f"{name}: {WEIGHTS} is corrupt ({first_words(error)}); copy or save it again") from error
     missing = sorted({"W_dec", "b_dec"} - keys)
     if missing:
         raise InputError(f"{name}: {WEIGHTS} lacks {', '.join(missing)}; save it again or give another --sae")
@@ -190,9 +203,3 @@ def _check_shapes(name: str, weights: dict[str, torch.Tensor], d_in: int, d_sae:
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _first_words(error: Exception, limit: int = 240) -> str:
-    """The error on one line, cut: sae_lens and torch write paragraphs."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= limit else line[:limit] + " …"
