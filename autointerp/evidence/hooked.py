@@ -103,7 +103,9 @@ def insert(model: PreTrainedModel, insertion: Insertion, layout: Layout | None =
 def stream_after(layout: Layout, layer: int) -> HookPoint:
     """The residual stream after block `layer`; InputError where the model has no such block."""
     if not 0 <= layer < layout.n_layers:
-        raise InputError(f"layer {layer}: the model has {layout.n_layers} layers, 0 to {layout.n_layers - 1}")
+        raise InputError(
+            f"the adapter acts after layer {layer}, the model has 0 to {layout.n_layers - 1}: give --base its own"
+        )
     if layout.family is None:
         return layout.located(f"{layout.blocks}.{layer}")
     return layout.named(f"blocks.{layer}.hook_resid_post", layer, "hook_resid_post")

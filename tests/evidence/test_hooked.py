@@ -243,7 +243,7 @@ def test_an_architecture_outside_the_table():
     pair = HookedPair(opt, [Insertion(point, Bend())])
     x_base, x_adapted = PairedModel(pair, "model.decoder.layers.1", TOKENIZER).activations(tiny.token_ids())
     assert torch.equal(x_adapted, Bend()(x_base))
-    with pytest.raises(InputError, match="layer 3: the model has 3 layers"):
+    with pytest.raises(InputError, match="after layer 3, the model has 0 to 2"):
         stream_after(Layout.of(opt), 3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,22 @@ from autointerp.registry import Registry
 if TYPE_CHECKING:
     import torch
 
+    from autointerp.evidence.dictionaries import Dictionary
     from autointerp.evidence.model_pair import ModelPair
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.model")
+_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.gguf", "*.model")
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class View:
+    """What a run looks at an adapter through: for adapters that do not say where they act, or that act on latents."""
+
+    hook: str
+    sae: str | None = None
+    """The path or release/sae_id of `dictionary`."""
+    dictionary: Dictionary | None = None
 
 
 class AdapterFormat(ABC):
@@ -48,6 +60,12 @@ class AdapterFormat(ABC):
     @abstractmethod
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
         """Base and adapted model; InputError, in one line, where they do not fit each other."""
+
+    def load_for(
+        self, spec: str | Path, base: str, view: View, *, dtype: str | torch.dtype, device: str | torch.device
+    ) -> ModelPair:
+        """`load`, for a run that looks at it through `view`; most formats do not ask."""
+        return self.load(spec, base, dtype=dtype, device=device)
 
     def sha256(self, spec: str | Path) -> str:
         """Over the names and bytes of `files`: the same wherever the folder lies."""
