@@ -101,7 +101,13 @@ class Evidence:
             model = PairedModel(pair, run.hook or "", tokenizer)
         else:
             model = PairedModel.load(
-                run.adapter, run.base or "", run.hook or "", dtype=run.settings.dtype, device=run.settings.device
+                run.adapter,
+                run.base or "",
+                run.hook or "",
+                dtype=run.settings.dtype,
+                device=run.settings.device,
+                sae=run.sae,
+                dictionary=dictionary,
             )
         check_fits(dictionary, model.d_model, run.sae)
         check_context_length(run.context_length, model.max_positions)

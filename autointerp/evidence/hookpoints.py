@@ -19,6 +19,8 @@ from autointerp.errors import InputError
 
 POINTS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 """The hook points of a block, in the order in which a sequential block computes them."""
+MID = "hook_resid_mid"
+"""Stands among a block's children for the stream between its halves, where adapters may act that change no module."""
 
 _NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 _AFTER = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "lm_head", "embed_out")
@@ -158,7 +160,7 @@ class Layout:
             case "hook_attn_out":
                 return HookPoint(name, f"{block}.{attention[-1]}", "output", layer, attention)
             case "hook_resid_mid":
-                return HookPoint(name, f"{block}.{mlp[0]}", "input", layer, attention, on_stream=True)
+                return HookPoint(name, f"{block}.{mlp[0]}", "input", layer, (*attention, MID), on_stream=True)
             case "hook_mlp_out":
                 return HookPoint(name, f"{block}.{mlp[-1]}", "output", layer, self._upto(mlp[-1]))
             case _:
@@ -171,7 +173,7 @@ class Layout:
         if child in attention:
             return attention[: attention.index(child) + 1]
         if child in mlp:
-            return (() if self.parallel else attention) + mlp[: mlp.index(child) + 1]
+            return (() if self.parallel else (*attention, MID)) + mlp[: mlp.index(child) + 1]
         return None
 
 

@@ -52,8 +52,11 @@ class ModelPair(ABC):
 
     def replica(self) -> Self:
         """The same pair for another thread: modules of its own, to be switched and hooked alone; weights shared."""
-        tensors = [t for model in self.models for t in (*model.parameters(), *model.buffers())]
-        return copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
+        return copy.deepcopy(self, self.shared_tensors())
+
+    def shared_tensors(self) -> dict[int, Any]:
+        """The weights of every model, as a memo that keeps `copy.deepcopy` from copying them."""
+        return {id(t): t for model in self.models for t in (*model.parameters(), *model.buffers())}
 
     @cached_property
     def changed_places(self) -> list[tuple[int, str]]:
@@ -110,7 +113,7 @@ class PeftPair(ModelPair):
         if merged := [name for name, layer in named.items() if getattr(layer, "merged", False)]:
             raise InputError(f"the adapter is merged into {merged[0]}: call model.unmerge_adapter() first")
         self._layers = list(named.values())
-        self._evaluation = _Evaluation(self._model)
+        self._evaluation = Evaluation(self._model)
         self.layout = Layout.of(self._model)
         self.changed_modules = frozenset(name for name, layer in named.items() if has_effect(layer))
 
@@ -148,7 +151,7 @@ class TwoModels(ModelPair):
         self._base, self._adapted = base, adapted
         self.layout = Layout.of(base)
         self.changed_modules = frozenset(_compared(base, adapted, name))
-        self._evaluations = _Evaluation(base), _Evaluation(adapted)
+        self._evaluations = Evaluation(base), Evaluation(adapted)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -226,7 +229,7 @@ def _entries(adapters: nn.ModuleDict | nn.ParameterDict, name: str) -> list[Tens
     return [entry] if isinstance(entry, Tensor) else list(entry.parameters())
 
 
-class _Evaluation:
+class Evaluation:
     """Eval mode for a while; every module's mode and every parameter's requires_grad are put back afterwards."""
 
     def __init__(self, model: nn.Module):

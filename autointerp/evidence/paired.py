@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from autointerp.errors import InputError
 from autointerp.evidence import adapters
+from autointerp.evidence.dictionaries import Dictionary
 from autointerp.evidence.hookpoints import HookPoint, resolve
 from autointerp.evidence.loading import load_config, load_tokenizer
 from autointerp.evidence.model_pair import ModelPair
@@ -51,13 +52,25 @@ class PairedModel:
 
     @classmethod
     def load(
-        cls, adapter: str | Path, base: str | Path, hook: str, *, dtype: str = "float32", device: str = "auto"
+        cls,
+        adapter: str | Path,
+        base: str | Path,
+        hook: str,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        sae: str | None = None,
+        dictionary: Dictionary | None = None,
     ) -> PairedModel:
-        """The pair of an adapter and its base, by path or hub id. The hook is checked before any weights are read."""
+        """The pair of an adapter and its base, by path or hub id. The hook is checked before any weights are read.
+
+        `dictionary`, loaded from `sae`, serves an adapter that acts on its latents.
+        """
         found = adapters.detect(adapter)
         resolve(hook, load_config(base))
         tokenizer = load_tokenizer(base, adapters.local_folder(adapter))
-        return cls(found.load(adapter, str(base), dtype=dtype, device=device), hook, tokenizer)
+        view = adapters.View(hook, sae, dictionary)
+        return cls(found.load_for(adapter, str(base), view, dtype=dtype, device=device), hook, tokenizer)
 
     def replica(self) -> PairedModel:
         """The same for another thread: modules of its own, the same weights."""

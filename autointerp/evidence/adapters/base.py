@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,24 @@ from autointerp.registry import Registry
 if TYPE_CHECKING:
     import torch
 
+    from autointerp.evidence.dictionaries import Dictionary
     from autointerp.evidence.model_pair import ModelPair
     from autointerp.evidence.tensor_files import BaseWeights
     from autointerp.evidence.weight_change import WeightChanges
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.model")
+_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.gguf", "*.model")
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class View:
+    """What a run looks at an adapter through: for adapters that do not say where they act, or that act on latents."""
+
+    hook: str
+    sae: str | None = None
+    """The path or release/sae_id of `dictionary`."""
+    dictionary: Dictionary | None = None
 
 
 class AdapterFormat(ABC):
@@ -60,6 +72,12 @@ class AdapterFormat(ABC):
             f"adapter {spec}: what a {self.name} adapter does is not in weight matrices of the model;"
             " use --selector change, which runs the models over a corpus"
         )
+
+    def load_for(
+        self, spec: str | Path, base: str, view: View, *, dtype: str | torch.dtype, device: str | torch.device
+    ) -> ModelPair:
+        """`load`, for a run that looks at it through `view`; most formats do not ask."""
+        return self.load(spec, base, dtype=dtype, device=device)
 
     def sha256(self, spec: str | Path) -> str:
         """Over the names and bytes of `files`: the same wherever the folder lies."""
