@@ -62,7 +62,12 @@ class LabelingSettings:
     """Requests per minute."""
     tpm: int | None = None
     """Tokens per minute, input and output together."""
+    itpm: int | None = None
+    """Input tokens per minute."""
+    otpm: int | None = None
+    """Output tokens per minute."""
     concurrency: int = 8
+    """Requests in flight at most; a provider that refuses gets fewer."""
     seed: int = 0
     ask_all: bool = False
     """Whether the model is asked about latents that a token, bigram or trigram explains, too."""
@@ -75,6 +80,7 @@ class LabelingSettings:
 
     def __post_init__(self) -> None:
         positive = {"max-usd": self.max_usd, "rpm": self.rpm, "tpm": self.tpm, "concurrency": self.concurrency}
+        positive |= {"itpm": self.itpm, "otpm": self.otpm}
         for option, value in positive.items():
             if value is not None and not value > 0:
                 raise InputError(f"--{option} {value} must be above 0")

@@ -70,7 +70,9 @@ class FaultServer:
         self.keys: list[str] = []
         self.bill = Bill()
         self.busiest = 0
-        self._busy = 0
+        self.busy = 0
+        self.choose: Callable[[], Fault | None] = lambda: self.plan.popleft() if self.plan else None
+        """What the next request meets; by default the next of the plan."""
         self._prices = usd_per_mtok
         self._cached = cached_tokens
         self._latency_s = latency_s
@@ -112,9 +114,9 @@ class FaultServer:
         path = head.split(" ", 2)[1]
         self.requests.append({"path": path, **request})
         self.keys.append(headers.get("authorization", headers.get("x-api-key", "")))
-        fault = (self.plan.popleft() if self.plan else None) or Fault()
-        self._busy += 1
-        self.busiest = max(self.busiest, self._busy)
+        self.busy += 1
+        self.busiest = max(self.busiest, self.busy)
+        fault = self.choose() or Fault()
         try:
             await asyncio.sleep(self._latency_s + fault.delay_s)
             if fault.breaks in ("reset", "hang"):
@@ -124,7 +126,7 @@ class FaultServer:
             body = fault.body if fault.body is not None else self._answer(path, request, fault)
             await self._write(writer, fault, body.encode())
         finally:
-            self._busy -= 1
+            self.busy -= 1
         return not fault.breaks
 
     async def _write(self, writer: asyncio.StreamWriter, fault: Fault, body: bytes) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from autointerp.labeling.base import CallStore, LabelingSettings
 from autointerp.labeling.llm.answers import read_answer
 from autointerp.labeling.llm.commits import Commits
+from autointerp.labeling.llm.concurrency import Slots
 from autointerp.labeling.llm.faults import Terminal
 from autointerp.labeling.llm.ledger import Ledger, Spend
 from autointerp.labeling.llm.limits import Limits
@@ -63,7 +64,7 @@ class Engine:
         self._store = store
         self._commits = Commits(store)
         self._ledger = Ledger(store, self._commits, provider, settings.run_id, settings.max_usd)
-        limits = limits or Limits(settings.rpm, settings.tpm)
+        limits = limits or Limits(settings.rpm, settings.tpm, settings.itpm, settings.otpm)
         self._sender = Sender(provider, self._ledger, limits, settings.concurrency, retries)
         self._opened: asyncio.Task[None] | None = None
         self._in_flight: dict[str, asyncio.Task[Any]] = {}
@@ -78,6 +79,11 @@ class Engine:
     def spend(self) -> Spend:
         """What the run has used so far, for a progress bar: calls, tokens, dollars."""
         return self._ledger.spend
+
+    @property
+    def slots(self) -> Slots:
+        """How many calls may be in flight at the moment."""
+        return self._sender.slots
 
     @property
     def stopping(self) -> asyncio.Event:

@@ -75,7 +75,7 @@ def estimate(
     least = [plan for plan in planned if plan.certain]
     spreads = zip((least, planned, planned), BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True)
     low, typical, high = (_tokens(asked, n_bytes, output) for asked, n_bytes, output in spreads)
-    quick, slow = (_seconds(len(planned), sum(typical), s, settings) for s in SECONDS_PER_CALL)
+    quick, slow = (_seconds(len(planned), *typical, s, settings) for s in SECONDS_PER_CALL)
     usd_low, usd_high = (price.usd(*low), price.usd(*high)) if price else (None, None)
     return Estimate(len(planned), *typical, usd_low, usd_high, quick, slow)
 
@@ -87,11 +87,11 @@ def _tokens(planned: Sequence[Planned], bytes_per_token: float, output_spread: f
     return round(read), round(output_spread * sum(p.output_tokens for p in planned))
 
 
-def _seconds(calls: int, tokens: int, seconds_per_call: float, settings: LabelingSettings) -> float:
+def _seconds(calls: int, read: int, wrote: int, seconds_per_call: float, settings: LabelingSettings) -> float:
     """The slowest of latency, requests per minute and tokens per minute."""
-    by_requests = 60 * calls / settings.rpm if settings.rpm else 0.0
-    by_tokens = 60 * tokens / settings.tpm if settings.tpm else 0.0
-    return max(calls * seconds_per_call / settings.concurrency, by_requests, by_tokens)
+    rates = (calls, settings.rpm), (read + wrote, settings.tpm), (read, settings.itpm), (wrote, settings.otpm)
+    by_latency = calls * seconds_per_call / settings.concurrency
+    return max([by_latency, *(60 * n / limit for n, limit in rates if limit)])
 
 
 def typical_evidence() -> LatentEvidence:

@@ -114,7 +114,7 @@ class Ledger:
         try:
             await self._commits.put("calls", row)
         except BaseException:
-            self._free(entry)  # not sent
+            self.free(entry)  # not sent
             _on_their_way.discard(entry.call_id)
             raise
 
@@ -124,7 +124,7 @@ class Ledger:
         An attempt that may have been charged without our seeing the usage stays in doubt, at its estimate.
         """
         status, usd, usage = self._judge(entry, outcome)
-        self._free(entry)
+        self.free(entry)
         self.spend.calls += 1
         for name, tokens in usage.items():
             setattr(self.spend, name, getattr(self.spend, name) + (tokens or 0))
@@ -164,7 +164,8 @@ class Ledger:
     def _gone(self) -> float:
         return self.spend.usd + self.spend.usd_in_doubt + sum(self._reserved.values())
 
-    def _free(self, entry: Entry) -> None:
+    def free(self, entry: Entry) -> None:
+        """Give back what was reserved for an attempt that was not sent, or is settled."""
         self._reserved.pop(entry.call_id, None)
         self._freed.set()
         self._freed = asyncio.Event()

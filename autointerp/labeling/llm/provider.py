@@ -49,10 +49,14 @@ class Request:
         """Turns after the system prompt."""
         return [{"role": "user", "content": self.user}, *({"role": r, "content": c} for r, c in self.turns)]
 
-    def input_tokens_at_most(self) -> int:
-        """No tokeniser makes more tokens than bytes; the schema and the chat format are counted too."""
+    def n_bytes(self) -> int:
+        """Of all that is read: prompt, schema and earlier turns."""
         texts = [self.system, self.user, json.dumps(self.schema), *(text for _, text in self.turns)]
-        return sum(len(text.encode()) for text in texts) + 16 * (2 + len(self.turns)) + 256
+        return sum(len(text.encode()) for text in texts)
+
+    def input_tokens_at_most(self) -> int:
+        """No tokeniser makes more tokens than bytes; the chat format is counted too."""
+        return self.n_bytes() + 16 * (2 + len(self.turns)) + 256
 
     def with_room(self, max_output_tokens: int) -> Request:
         return replace(self, max_output_tokens=max_output_tokens)
