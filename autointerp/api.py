@@ -13,7 +13,7 @@ from autointerp.progress import BarReporter, Reporter
 from autointerp.results import Results
 from autointerp.run import Run
 
-_LABELING = ("max_usd", "rpm", "tpm", "itpm", "otpm", "concurrency", "prompts_dir", "prices_path", "timeout_s", "ask_all")
+_LABELING = ("max_usd", "rpm", "tpm", "itpm", "otpm", "api", "concurrency", "prompts_dir", "prices_path", "timeout_s", "ask_all")
 
 
 def make_job(

@@ -75,6 +75,7 @@ _LABELING = _options(
         multiple=True,
         help="rule, detection, fuzzing, simulation, intruder, contrast, embedding:MODEL.  [default: the labeler's own]",
     ),
+    click.option("--api", type=click.Choice(["chat", "responses"]), help="OpenAI's API to ask.  [default: chat]"),
     click.option("--max-usd", type=float, help="Never spend more than this on the run."),
     click.option("--rpm", type=int, help="Requests per minute."),
     click.option("--tpm", type=int, help="Tokens per minute, input and output together."),
@@ -261,6 +262,7 @@ def _job(options: dict[str, Any], select_only: bool = False) -> Job:
     run = Run.load(options["path"], need=() if by_weights else ("base", "corpus"), selector=selectors, **flags)
     labeling = {
         "max_usd": options.get("max_usd"),
+        "api": options.get("api"),
         "rpm": options.get("rpm"),
         "tpm": options.get("tpm"),
         "itpm": options.get("itpm"),

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from autointerp.labeling.base import CallStore, LabelingSettings
 from autointerp.labeling.llm.answers import read_answer
+from autointerp.labeling.llm.cache import Answers
 from autointerp.labeling.llm.commits import Commits
 from autointerp.labeling.llm.concurrency import Slots
 from autointerp.labeling.llm.faults import Terminal
@@ -61,8 +60,8 @@ class Engine:
         limits: Limits | None = None,
     ):
         self.provider = provider
-        self._store = store
         self._commits = Commits(store)
+        self._answers = Answers(store, self._commits, provider)
         self._ledger = Ledger(store, self._commits, provider, settings.run_id, settings.max_usd)
         limits = limits or Limits(settings.rpm, settings.tpm, settings.itpm, settings.otpm)
         self._sender = Sender(provider, self._ledger, limits, settings.concurrency, retries)
@@ -97,7 +96,7 @@ class Engine:
         Cancelling the caller does not cancel a call that is on its way. Raises Terminal (this question gets no answer),
         BudgetError, ProviderError, Interrupted, or what the store raises when it cannot be written.
         """
-        sha256 = request.sha256(self.provider.name, self.provider.endpoint, self.provider.model)
+        sha256 = request.sha256(self.provider)
         task = self._in_flight.get(sha256)
         if task is None:
             task = asyncio.create_task(self._answer(request, sha256, parse, latent, purpose))
@@ -124,7 +123,7 @@ class Engine:
     async def _answer(
         self, request: Request, sha256: str, parse: Parse[T], latent: int | None, purpose: str
     ) -> Reply[T]:
-        stored = await self._stored(sha256)
+        stored = await self._answers.find(sha256)
         if stored is not None:
             try:
                 return self._reply(stored, sha256, parse, stored=True)
@@ -168,10 +167,10 @@ class Engine:
         commits = [settled]
         try:
             reply = self._reply(answer, sha256, parse, stored=False)
-            commits.append(self._write(answer, sha256))
+            commits.append(self._answers.keep(answer, sha256))
             return reply
         except Terminal:
-            commits.append(self._write(answer, sha256))
+            commits.append(self._answers.keep(answer, sha256))
             raise
         finally:
             await asyncio.gather(*commits)
@@ -185,18 +184,3 @@ class Engine:
         except ValueError as error:
             raise _MisfitError(f"{error}; it was cut off" if answer.finish == "length" else str(error)) from None
         return Reply(value, sha256, stored, salvaged)
-
-    async def _stored(self, sha256: str) -> Answer | None:
-        sql = "SELECT answer FROM answers WHERE request_sha256 = ?"
-        rows = await asyncio.to_thread(self._store.read, sql, [sha256])
-        return Answer(**json.loads(rows[0]["answer"])) if rows else None
-
-    def _write(self, answer: Answer, sha256: str) -> asyncio.Future[None]:
-        row = {
-            "request_sha256": sha256,
-            "provider": self.provider.name,
-            "model": self.provider.model,
-            "answer": asdict(answer),
-            "created_at": datetime.now(UTC).replace(tzinfo=None),
-        }
-        return self._commits.put("answers", row)

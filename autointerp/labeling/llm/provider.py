@@ -35,10 +35,19 @@ class Request:
     turns: tuple[tuple[Literal["assistant", "user"], str], ...] = ()
     """What was said after `user`: an answer that did not fit the schema, and what was wrong with it."""
 
-    def sha256(self, provider: str, endpoint: str, model: str) -> str:
+    def sha256(self, provider: Provider) -> str:
         """Identity of the question: two requests with one digest get one answer."""
-        parts = [provider, endpoint, model, self.system, self.user, self.schema_name, self.schema]
+        parts = [
+            provider.name,
+            provider.endpoint,
+            provider.model,
+            self.system,
+            self.user,
+            self.schema_name,
+            self.schema,
+        ]
         parts += [self.max_output_tokens, self.template_sha256, self.turns]
+        parts += [provider.parameters] if provider.parameters else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prompt_sha256(self) -> str:
@@ -98,6 +107,8 @@ class Provider(Protocol):
     model: str
     endpoint: str
     price: Price | None
+    parameters: str
+    """What else an answer depends on, where it is not the usual: part of the identity of a question."""
 
     async def complete(self, request: Request) -> Answer:
         """One attempt, within the deadline. Raises a Fault; never retries by itself."""
@@ -108,6 +119,11 @@ class Provider(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+def cache_key(request: Request) -> str:
+    """OpenAI's `prompt_cache_key`: questions that begin alike go to the machine that has the beginning."""
+    return f"autointerp-{request.template_sha256[:16]}"
 
 
 def check_provider(name: str, model: str, settings: LabelingSettings) -> None:
@@ -130,7 +146,7 @@ def make_provider(name: str, model: str, settings: LabelingSettings) -> Provider
         return AnthropicProvider(model, key, price, settings.timeout_s)
     from autointerp.labeling.llm.openai import OpenAIProvider
 
-    return OpenAIProvider(model, key, price, settings.timeout_s)
+    return OpenAIProvider(model, key, price, settings.timeout_s, settings.api)
 
 
 def _key(name: str) -> str:

@@ -22,7 +22,7 @@ from autointerp.labeling.llm.provider import Answer, Provider, Request
 T = TypeVar("T")
 
 _INTERRUPTED = "interrupted: what was in flight is stored; the same command goes on from here"
-_ATTEMPTS: Mapping[RetryKind, int] = MappingProxyType({"limit": 8, "server": 6, "network": 5, "garbage": 3, "adapt": 4})
+_ATTEMPTS: Mapping[RetryKind, int] = MappingProxyType({"limit": 8, "server": 6, "network": 5, "garbage": 3, "adapt": 8})
 
 
 @dataclass(frozen=True)
