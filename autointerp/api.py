@@ -13,7 +13,20 @@ from autointerp.progress import BarReporter, Reporter
 from autointerp.results import Results
 from autointerp.run import Run
 
-_LABELING = ("max_usd", "rpm", "tpm", "itpm", "otpm", "api", "concurrency", "prompts_dir", "prices_path", "timeout_s", "ask_all")
+_LABELING = (
+    "max_usd",
+    "rpm",
+    "tpm",
+    "itpm",
+    "otpm",
+    "api",
+    "batch",
+    "concurrency",
+    "prompts_dir",
+    "prices_path",
+    "timeout_s",
+    "ask_all",
+)
 
 
 def make_job(

@@ -82,6 +82,7 @@ _LABELING = _options(
     click.option("--itpm", type=int, help="Input tokens per minute."),
     click.option("--otpm", type=int, help="Output tokens per minute."),
     click.option("--concurrency", type=int, default=8, help="Requests in flight at most."),
+    click.option("--batch", is_flag=True, help="Ask in batches: half the price, up to a day."),
     click.option("--prompts", type=click.Path(path_type=Path), help="Folder whose templates replace the package's."),
     click.option("--prices", type=click.Path(path_type=Path), help="JSON file of model prices to add or replace."),
     click.option("--ask-all", is_flag=True, help="Ask the model about token, bigram and trigram features, too."),
@@ -263,6 +264,7 @@ def _job(options: dict[str, Any], select_only: bool = False) -> Job:
     labeling = {
         "max_usd": options.get("max_usd"),
         "api": options.get("api"),
+        "batch": options.get("batch") or None,
         "rpm": options.get("rpm"),
         "tpm": options.get("tpm"),
         "itpm": options.get("itpm"),

@@ -34,6 +34,8 @@ CHECKS = ("causal", "causal_latents", "transfer", "ngrams")
 """Tables of what was measured of a selection after it was made."""
 SELECTED = ("latents", "writes", "decoder_tokens", "contexts", "predictions", "selectors", "selector_ranks", "map_rows")
 """Tables of a selection and what is collected for it."""
+EVERY_LATENT = 1_000_000
+"""In batch mode all latents wait at once, for the same batch."""
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
 
 
@@ -188,7 +190,8 @@ async def _work(
         labeler = make_labeler(job.labeler, settings, store)
         engine = getattr(labeler, "engine", None)
         scorers = [make_scorer(name, labeler, settings) for name in _scorers(job)]
-        work = Work(store, run_id, labeler, scorers, 2 * settings.concurrency, stop, reporter, settings.ask_all)
+        waiting = EVERY_LATENT if settings.batch else 2 * settings.concurrency
+        work = Work(store, run_id, labeler, scorers, waiting, stop, reporter, settings.ask_all)
         try:
             if engine is not None:
                 stop.on_ask.append(engine.stopping.set)

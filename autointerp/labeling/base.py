@@ -79,6 +79,8 @@ class LabelingSettings:
     """A JSON file as labeling/llm/prices.json, whose models replace or add to the listed ones."""
     api: Literal["chat", "responses"] = "chat"
     """Which of OpenAI's two APIs is asked; a model that has only the second is asked there in either case."""
+    batch: bool = False
+    """Questions go through the provider's batch endpoint: half the price, within a day."""
     timeout_s: float = 120.0
     """Total deadline of one call, from sending to the last byte of its answer."""
 

@@ -64,12 +64,12 @@ def test_a_model_that_has_only_the_responses_api_is_asked_there(monkeypatch: pyt
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     provider = OpenAIProvider("o-pro", KEY, None, 1.0)
     body = '{"error": {"message": "This model is only supported in v1/responses and not in v1/chat/completions."}}'
-    fault = from_status(404, {}, body, provider._refusable())
+    fault = from_status(404, {}, body, provider.refusable())
     assert isinstance(fault, Retry)
     assert fault.kind == "adapt"
     provider.adapt(str(fault))
     assert provider.body(question())["reasoning"] == {"effort": "none"}
-    assert not isinstance(from_status(404, {}, body, provider._refusable()), Retry), "once is enough"
+    assert not isinstance(from_status(404, {}, body, provider.refusable()), Retry), "once is enough"
 
 
 def test_a_template_without_a_system_role_gets_it_in_the_question(tmp_path: Path):

@@ -27,7 +27,7 @@ class AnthropicProvider:
         self.endpoint = (os.environ.get("ANTHROPIC_BASE_URL") or _HOME).rstrip("/")
         self.price = price
         self.timeout_s = timeout_s
-        self._key = key
+        self.key = key
         self._client: Any = None
         self._effort = True
         self._structured = True
@@ -36,18 +36,25 @@ class AnthropicProvider:
     async def complete(self, request: Request) -> Answer:
         import anthropic
 
-        known = {"cache_control": self._caches, "effort": self._effort, "output_config": self._structured}
-        optional = tuple(name for name, sent in known.items() if sent)
         try:
             async with asyncio.timeout(self.timeout_s):
                 raw = await self.client().messages.with_raw_response.create(**self.body(request))
                 body = await raw.text()
         except Exception as error:
-            fault = from_sdk(anthropic, error, optional, self._key)
+            fault = from_sdk(anthropic, error, self.refusable(), self.key)
         else:
-            return _answer(body, raw.status_code, self.model)
+            return self.read(body, raw.status_code)
         # Out here it carries no context: the SDK's exception holds the request, and the request the key.
         raise fault
+
+    def read(self, body: str, http_status: int) -> Answer:
+        """What the body of a good answer says. Raises Retry (garbage) for one that says nothing."""
+        return _answer(body, http_status, self.model)
+
+    def refusable(self) -> tuple[str, ...]:
+        """Names that a 400 may hold for the question to be worth repeating without what they name."""
+        known = {"cache_control": self._caches, "effort": self._effort, "output_config": self._structured}
+        return tuple(name for name, sent in known.items() if sent)
 
     def adapt(self, parameter: str) -> None:
         if parameter == "effort":
@@ -69,8 +76,8 @@ class AnthropicProvider:
 
             token = not os.environ.get("ANTHROPIC_API_KEY", "").strip()  # then the key is ANTHROPIC_AUTH_TOKEN's
             self._client = anthropic.AsyncAnthropic(
-                api_key=None if token else self._key,
-                auth_token=self._key if token else None,
+                api_key=None if token else self.key,
+                auth_token=self.key if token else None,
                 base_url=self.endpoint,
                 max_retries=0,
                 timeout=self.timeout_s,

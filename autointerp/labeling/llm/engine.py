@@ -12,15 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from autointerp.errors import ProviderError
 from autointerp.labeling.base import CallStore, LabelingSettings
 from autointerp.labeling.llm.answers import read_answer
+from autointerp.labeling.llm.batch_sending import BatchSender
+from autointerp.labeling.llm.batches import Batches, Patience
 from autointerp.labeling.llm.cache import Answers
 from autointerp.labeling.llm.commits import Commits
 from autointerp.labeling.llm.concurrency import Slots
-from autointerp.labeling.llm.faults import Terminal
+from autointerp.labeling.llm.faults import Fault, Stop, Terminal
 from autointerp.labeling.llm.ledger import Ledger, Spend
 from autointerp.labeling.llm.limits import Limits
-from autointerp.labeling.llm.provider import Answer, Provider, Request
+from autointerp.labeling.llm.provider import Answer, Provider, Request, batches_of
 from autointerp.labeling.llm.sending import Retries, Sender
 
 T = TypeVar("T")
@@ -58,13 +61,21 @@ class Engine:
         *,
         retries: Retries | None = None,
         limits: Limits | None = None,
+        patience: Patience | None = None,
     ):
         self.provider = provider
         self._commits = Commits(store)
         self._answers = Answers(store, self._commits, provider)
         self._ledger = Ledger(store, self._commits, provider, settings.run_id, settings.max_usd)
         limits = limits or Limits(settings.rpm, settings.tpm, settings.itpm, settings.otpm)
-        self._sender = Sender(provider, self._ledger, limits, settings.concurrency, retries)
+        self._batches = Batches(
+            provider, batches_of(provider), store, self._commits, self._ledger, self._answers, settings.run_id, patience
+        )
+        self._batched = settings.batch
+        if settings.batch:
+            self._sender: Sender = BatchSender(provider, self._ledger, limits, self._batches)
+        else:
+            self._sender = Sender(provider, self._ledger, limits, settings.concurrency, retries)
         self._opened: asyncio.Task[None] | None = None
         self._in_flight: dict[str, asyncio.Task[Any]] = {}
         self._roomier: set[str] = set()
@@ -113,6 +124,7 @@ class Engine:
     async def aclose(self) -> None:
         """`drain`, then close the connections."""
         await self.drain()
+        await self._sender.aclose()
         await self.provider.aclose()
 
     def _landed(self, sha256: str, task: asyncio.Task[Any]) -> None:
@@ -123,16 +135,28 @@ class Engine:
     async def _answer(
         self, request: Request, sha256: str, parse: Parse[T], latent: int | None, purpose: str
     ) -> Reply[T]:
+        if self._opened is None:
+            self._opened = asyncio.create_task(self._open())
+        await asyncio.shield(self._opened)
         stored = await self._answers.find(sha256)
         if stored is not None:
             try:
                 return self._reply(stored, sha256, parse, stored=True)
             except _MisfitError:
                 pass  # an older version understood it, this one does not: ask again
-        if self._opened is None:
-            self._opened = asyncio.create_task(self._ledger.open())
-        await asyncio.shield(self._opened)
         return await self._ask_anew(request, sha256, parse, latent, purpose)
+
+    async def _open(self) -> None:
+        """Read the ledger; fetch what batches of an earlier process hold, waiting for them in batch mode."""
+        await self._ledger.open()
+        try:
+            await self._sender.unless_stopped(self._batches.recover(wait=self._batched))
+        except Fault as fault:
+            if self._batched or isinstance(fault, Stop):
+                raise ProviderError(
+                    f"{self.name}: a batch of an earlier command cannot be fetched ({fault}): "
+                    "the same command tries again"
+                ) from None
 
     async def _ask_anew(
         self, request: Request, sha256: str, parse: Parse[T], latent: int | None, purpose: str

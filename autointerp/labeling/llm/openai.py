@@ -38,7 +38,7 @@ class OpenAIProvider:
         self.timeout_s = timeout_s
         self.parameters = "" if api == "chat" else api
         self._api = api
-        self._key = key
+        self.key = key
         self._client: Any = None
         # Other servers may know only the older name of the cap, and need not be told to answer without long thought.
         at_home = self.endpoint == _HOME
@@ -51,20 +51,29 @@ class OpenAIProvider:
     async def complete(self, request: Request) -> Answer:
         import openai
 
-        read = responses.answer if self._api == "responses" else _answer
         try:
             async with asyncio.timeout(self.timeout_s):
                 client = self.client()
                 api = client.responses if self._api == "responses" else client.chat.completions
                 raw = await api.with_raw_response.create(**self.body(request))
         except Exception as error:
-            fault = from_sdk(openai, error, self._refusable(), self._key)
+            fault = from_sdk(openai, error, self.refusable(), self.key)
         else:
-            return read(raw.text, raw.status_code, self.model)
+            return self.read(raw.text, raw.status_code)
         # Out here it carries no context: the SDK's exception holds the request, and the request the key.
         raise fault
 
-    def _refusable(self) -> tuple[str, ...]:
+    @property
+    def path(self) -> str:
+        """Of the API that is asked, as batches name it."""
+        return "/v1/responses" if self._api == "responses" else "/v1/chat/completions"
+
+    def read(self, body: str, http_status: int) -> Answer:
+        """What the body of a good answer says. Raises Retry (garbage) for one that says nothing."""
+        read = responses.answer if self._api == "responses" else _answer
+        return read(body, http_status, self.model)
+
+    def refusable(self) -> tuple[str, ...]:
         """Names that a 400 may hold for the question to be worth repeating without what they name."""
         efforts = ("reasoning_effort", "reasoning.effort", "reasoning") if self._efforts[0] else ()
         return (*sorted(self._optional), *efforts, *([self._cap] if self._api == "chat" else []))
@@ -89,7 +98,7 @@ class OpenAIProvider:
             import openai
 
             self._client = openai.AsyncOpenAI(
-                api_key=self._key, base_url=self.endpoint, max_retries=0, timeout=self.timeout_s
+                api_key=self.key, base_url=self.endpoint, max_retries=0, timeout=self.timeout_s
             )
         return self._client
 

@@ -17,6 +17,8 @@ from autointerp.labeling.llm.prices import Price, find_price
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from autointerp.labeling.llm.batch_api import BatchApi
+
 KEY_VARIABLES = {"openai": ("OPENAI_API_KEY",), "anthropic": ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")}
 _LOCAL_KEY = "local-server-needs-none"
 
@@ -147,6 +149,19 @@ def make_provider(name: str, model: str, settings: LabelingSettings) -> Provider
     from autointerp.labeling.llm.openai import OpenAIProvider
 
     return OpenAIProvider(model, key, price, settings.timeout_s, settings.api)
+
+
+def batches_of(provider: Provider) -> BatchApi:
+    """The batch endpoint beside the one that answers at once."""
+    from autointerp.labeling.llm import batch_api
+    from autointerp.labeling.llm.anthropic import AnthropicProvider
+    from autointerp.labeling.llm.openai import OpenAIProvider
+
+    if isinstance(provider, AnthropicProvider):
+        return batch_api.AnthropicBatches(provider)
+    if isinstance(provider, OpenAIProvider):
+        return batch_api.OpenAIBatches(provider)
+    raise TypeError(f"{type(provider).__name__} has no batches")
 
 
 def _key(name: str) -> str:

@@ -61,6 +61,9 @@ class Sender:
         self.slots = Slots(concurrency)
         self._stopped_by: ProviderError | None = None
 
+    async def aclose(self) -> None:
+        """Nothing outlives its question here."""
+
     async def send(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempts: Iterator[int]
     ) -> tuple[Answer, asyncio.Future[None]]:
@@ -90,7 +93,7 @@ class Sender:
     async def _attempt(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int
     ) -> tuple[Answer, asyncio.Future[None]]:
-        leave = await self._unless_stopped(self._admit(request))
+        leave = await self.unless_stopped(self._admit(request))
         outcome: Answer | Fault = Fault("cancelled", billable=True)
         try:
             await self._ledger.enter(leave.entry, sha256, latent, purpose, attempt)
@@ -135,10 +138,7 @@ class Sender:
             used = (None, None) if outcome.billable else (0, 0)
         self._limits.settle(leave.grant, *used)
         if isinstance(outcome, Stop):
-            self._stopped_by = self._stopped_by or ProviderError(
-                f"{self._provider.name}:{self._provider.model} takes no more questions ({outcome}): "
-                "mend the key, the account or the model's name; the same command goes on from here"
-            )
+            self._stop_by(outcome)
             return
         if isinstance(outcome, Retry) and outcome.kind == "adapt":
             self._provider.adapt(str(outcome))
@@ -152,11 +152,17 @@ class Sender:
             self.slots.troubled()
         self.slots.proven()
 
+    def _stop_by(self, outcome: Stop) -> None:
+        self._stopped_by = self._stopped_by or ProviderError(
+            f"{self._provider.name}:{self._provider.model} takes no more questions ({outcome}): "
+            "mend the key, the account or the model's name; the same command goes on from here"
+        )
+
     def _raise_stop(self) -> None:
         if self._stopped_by:
             raise self._stopped_by
 
-    async def _unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
+    async def unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
         """The result of `waiting`, which is given up when `stopping` is set first."""
         if self.stopping.is_set():
             waiting.close()
@@ -174,7 +180,7 @@ class Sender:
         return task.result()
 
     async def _sleep(self, seconds: float) -> None:
-        await self._unless_stopped(asyncio.sleep(seconds))
+        await self.unless_stopped(asyncio.sleep(seconds))
 
     def _wait_s(self, state: RetryCallState) -> float:
         fault = _fault(state)
