@@ -156,6 +156,6 @@ def planted(
     predictions = tuple(Prediction(latent, 0, side, 1, "Equal", 0.5) for side in ("base", "adapted"))  # type: ignore[arg-type]
     numbers = {"mean_base": 0.1, "mean_adapted": 0.2, "freq_base": 0.01, "freq_adapted": 0.02}
     return LatentEvidence(
-        "run", latent, 1, "read", "live", 0.25, 1.0, **numbers, max_base=12.0, max_adapted=12.0,
+        "run", latent, 1, "read", "live", 0.25, 1.0, **numbers, max_base=12.0, max_adapted=12.0, decoder=(),
         contexts=tuple(contexts), writes=writes, predictions=predictions,
     )  # fmt: skip

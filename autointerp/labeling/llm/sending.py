@@ -24,6 +24,9 @@ T = TypeVar("T")
 _INTERRUPTED = "interrupted: what was in flight is stored; the same command goes on from here"
 _ATTEMPTS: Mapping[RetryKind, int] = MappingProxyType({"limit": 8, "server": 6, "network": 5, "garbage": 3, "adapt": 8})
 
+DOWN_AFTER = 5
+"""Questions in a row that were given up for server errors or lost connections."""
+
 
 @dataclass(frozen=True)
 class Retries:
@@ -60,6 +63,7 @@ class Sender:
         self._retries = retries or Retries()
         self.slots = Slots(concurrency)
         self._stopped_by: ProviderError | None = None
+        self._unanswered = 0
 
     async def aclose(self) -> None:
         """Nothing outlives its question here."""
@@ -87,6 +91,7 @@ class Sender:
         try:
             return await retrying(attempt)
         except Retry as fault:
+            self._gave_up(fault)
             message = f"given up after {met.total()} attempts: {fault}"
             raise Terminal(message, http_status=fault.http_status) from None
 
@@ -148,9 +153,21 @@ class Sender:
             self.slots.limited(leave.since)
         elif isinstance(outcome, Answer | Terminal):
             self.slots.answered()
+            self._unanswered = 0
         else:
             self.slots.troubled()
         self.slots.proven()
+
+    def _gave_up(self, fault: Retry) -> None:
+        """One question got no answer. When many in a row did not, there is nobody to answer."""
+        if fault.kind not in ("server", "network"):
+            return
+        self._unanswered += 1
+        if self._unanswered >= DOWN_AFTER:
+            self._stopped_by = self._stopped_by or ProviderError(
+                f"{self._provider.name}:{self._provider.model} is down ({self._unanswered} questions given up, "
+                f"the last for: {fault}): the same command goes on from here"
+            )
 
     def _stop_by(self, outcome: Stop) -> None:
         self._stopped_by = self._stopped_by or ProviderError(
