@@ -13,22 +13,38 @@ from autointerp.progress import BarReporter, Reporter
 from autointerp.results import Results
 from autointerp.run import Run
 
-_LABELING = ("max_usd", "rpm", "tpm", "concurrency", "prompts_dir", "prices_path", "timeout_s", "ask_all")
+_LABELING = (
+    "max_usd",
+    "rpm",
+    "tpm",
+    "itpm",
+    "otpm",
+    "api",
+    "batch",
+    "concurrency",
+    "prompts_dir",
+    "prices_path",
+    "timeout_s",
+    "ask_all",
+)
 
 
 def make_job(
     run: str | os.PathLike[str],
     *,
-    labeler: str = "lexical",
+    labeler: str | tuple[str, ...] = "lexical",
+    every: bool = False,
     scorer: str | tuple[str, ...] = (),
     db: str | os.PathLike[str] = DEFAULT_DB,
     **options: Any,
 ) -> Job:
-    """A checked job. `options`: the keys of run.yaml, Settings (top, selector, fdr, seed, device, dtype, scratch) and
-    LabelingSettings (max_usd, rpm, tpm, concurrency, …). InputError in one line for what is wrong."""
+    """A checked job. Of several labelers, each later one labels what the earlier ones leave open; with `every`, all of
+    them label everything. `options`: the keys of run.yaml, Settings (top, selector, fdr, seed, device, dtype, scratch)
+    and LabelingSettings (max_usd, rpm, tpm, concurrency, …). InputError in one line for what is wrong."""
     labeling = {key: options.pop(key) for key in _LABELING if options.get(key) is not None}
     scorers = (scorer,) if isinstance(scorer, str) else tuple(scorer)
-    return Job(Run.load(Path(run), **options), Path(db), labeler, scorers, labeling)
+    first, *others = (labeler,) if isinstance(labeler, str) else labeler
+    return Job(Run.load(Path(run), **options), Path(db), first, tuple(others), every, scorers, labeling)
 
 
 async def alabel(run: str | os.PathLike[str], *, progress: bool = False, **options: Any) -> Results:

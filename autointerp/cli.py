@@ -69,16 +69,25 @@ _RUN = _options(
     click.option("--quiet", is_flag=True, help="No progress, no table."),
 )
 _LABELING = _options(
-    click.option("--labeler", help="lexical, openai:MODEL, anthropic:MODEL.  [default: lexical]"),
+    click.option(
+        "--labeler",
+        multiple=True,
+        help="lexical, openai:MODEL, anthropic:MODEL; a second one takes what the first leaves.  [default: lexical]",
+    ),
+    click.option("--all", "every", is_flag=True, help="Every --labeler labels everything: second opinions."),
     click.option(
         "--scorer",
         multiple=True,
         help="rule, detection, fuzzing, simulation, intruder, contrast, embedding:MODEL.  [default: the labeler's own]",
     ),
+    click.option("--api", type=click.Choice(["chat", "responses"]), help="OpenAI's API to ask.  [default: chat]"),
     click.option("--max-usd", type=float, help="Never spend more than this on the run."),
     click.option("--rpm", type=int, help="Requests per minute."),
-    click.option("--tpm", type=int, help="Tokens per minute."),
-    click.option("--concurrency", type=int, default=8, help="Requests in flight."),
+    click.option("--tpm", type=int, help="Tokens per minute, input and output together."),
+    click.option("--itpm", type=int, help="Input tokens per minute."),
+    click.option("--otpm", type=int, help="Output tokens per minute."),
+    click.option("--concurrency", type=int, default=8, help="Requests in flight at most."),
+    click.option("--batch", is_flag=True, help="Ask in batches: half the price, up to a day."),
     click.option("--prompts", type=click.Path(path_type=Path), help="Folder whose templates replace the package's."),
     click.option("--prices", type=click.Path(path_type=Path), help="JSON file of model prices to add or replace."),
     click.option("--ask-all", is_flag=True, help="Ask the model about token, bigram and trigram features, too."),
@@ -259,17 +268,24 @@ def _job(options: dict[str, Any], select_only: bool = False) -> Job:
     run = Run.load(options["path"], need=() if by_weights else ("base", "corpus"), selector=selectors, **flags)
     labeling = {
         "max_usd": options.get("max_usd"),
+        "api": options.get("api"),
+        "batch": options.get("batch") or None,
         "rpm": options.get("rpm"),
         "tpm": options.get("tpm"),
+        "itpm": options.get("itpm"),
+        "otpm": options.get("otpm"),
         "concurrency": options.get("concurrency"),
         "prompts_dir": options.get("prompts"),
         "prices_path": options.get("prices"),
         "ask_all": options.get("ask_all") or None,
     }
+    labelers = tuple(options.get("labeler") or ()) or ("lexical",)
     return Job(
         run,
         db=options["db"],
-        labeler=options.get("labeler") or "lexical",
+        labeler=labelers[0],
+        fallbacks=labelers[1:],
+        every=options.get("every", False),
         scorers=tuple(options.get("scorer") or ()),
         labeling={key: value for key, value in labeling.items() if value is not None},
         select_only=select_only,
@@ -312,24 +328,35 @@ def _dry_run(job: Job, as_json: bool) -> int:
             dollars = f"${plan['usd_low']:.4f} – ${plan['usd_high']:.4f}"
         up_to = "up to " if job.run.settings.top == "auto" and plan["latents"] == AUTO_TOP else ""
         click.echo(
-            f"{up_to}{plan['latents']} latents, {plan['calls']} calls to {job.labeler},"
+            f"{up_to}{plan['latents']} latents, {plan['calls']} calls to {_asked(job)},"
             f" {plan['input_tokens']} + {plan['output_tokens']} tokens, {dollars},"
             f" {plan['seconds_low']:.0f} – {plan['seconds_high']:.0f} s of calls. Nothing was spent."
         )
     return 0
 
 
+def _asked(job: Job) -> str:
+    return " and ".join(job.labelers) if job.every else job.labeler
+
+
 def _confirm(job: Job, options: dict[str, Any]) -> None:
     """Before money is spent at a terminal, say how much; scripts and --yes are not asked."""
-    if options["yes"] or options["quiet"] or options["as_json"] or ":" not in job.labeler or not sys.stdin.isatty():
+    if (
+        options["yes"]
+        or options["quiet"]
+        or options["as_json"]
+        or not any(":" in spec for spec in job.labelers)
+        or not sys.stdin.isatty()
+    ):
         return
     from autointerp.labeling.base import check_labeler
     from autointerp.pipeline import estimate_job
 
-    check_labeler(job.labeler, job.settings("?"))
+    for spec in job.labelers:
+        check_labeler(spec, job.settings("?"))
     plan = estimate_job(job)
     cost = "an unknown amount" if plan["usd_high"] is None else f"${plan['usd_low']:.2f} – ${plan['usd_high']:.2f}"
-    if not click.confirm(f"{plan['calls']} calls to {job.labeler}, {cost}. Go on?", default=True, err=True):
+    if not click.confirm(f"{plan['calls']} calls to {_asked(job)}, {cost}. Go on?", default=True, err=True):
         raise SystemExit(0)
 
 

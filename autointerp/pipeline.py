@@ -34,6 +34,8 @@ CHECKS = ("causal", "causal_latents", "transfer", "ngrams")
 """Tables of what was measured of a selection after it was made."""
 SELECTED = ("latents", "writes", "decoder_tokens", "contexts", "predictions", "selectors", "selector_ranks", "map_rows")
 """Tables of a selection and what is collected for it."""
+EVERY_LATENT = 1_000_000
+"""In batch mode all latents wait at once, for the same batch."""
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
 
 
@@ -44,11 +46,19 @@ class Job:
     run: Run
     db: Path = Path(DEFAULT_DB)
     labeler: str = "lexical"
+    fallbacks: tuple[str, ...] = ()
+    """Labelers for what `labeler` leaves open, in this order."""
+    every: bool = False
+    """Each of them labels everything: second opinions instead of fall-backs."""
     scorers: tuple[str, ...] = ()
     """Empty: the labeler's own."""
     labeling: dict[str, Any] = field(default_factory=dict)
     """Fields of LabelingSettings beyond run_id and seed."""
     select_only: bool = False
+
+    @property
+    def labelers(self) -> tuple[str, ...]:
+        return (self.labeler, *self.fallbacks)
 
     def settings(self, run_id: str) -> LabelingSettings:
         return LabelingSettings(run_id=run_id, seed=self.run.settings.seed, **self.labeling)
@@ -69,7 +79,8 @@ async def alabel(
     from within the loop, it drains the job as Ctrl-C does.
     """
     reporter = reporter or Reporter()
-    check_labeler(job.labeler, job.settings("?"))
+    for spec in job.labelers:
+        check_labeler(spec, job.settings("?"))
     check_scorers(job)
     stop = stop or Stop()
     with on_interrupt(stop):
@@ -90,12 +101,22 @@ def estimate_job(job: Job) -> dict[str, Any]:
     """What labelling and scoring would take: latents, calls, tokens, dollars (None without a listed price), seconds.
 
     Exact evidence where the store holds it, else a typical latent, --top times (AUTO_TOP times where that is auto).
-    Spends and stores nothing.
+    Fall-backs are not counted: what they get to do is what goes wrong. Spends and stores nothing.
     """
+    check_scorers(job)
+    plans = [_estimate(job, spec) for spec in (job.labelers if job.every else job.labelers[:1])]
+    total = dict(plans[0])
+    for plan in plans[1:]:
+        for name, value in plan.items():
+            total[name] = None if value is None or total[name] is None else total[name] + value
+    return total | {"latents": max(plan["latents"] for plan in plans)}
+
+
+def _estimate(job: Job, spec: str) -> dict[str, Any]:
+    """The same of one labeler."""
     from autointerp.labeling.llm.estimate import estimate
 
-    check_scorers(job)
-    scorers = _scorers(job)
+    scorers = _scorers(job, spec)
     top = job.run.settings.top
     latents: Any = AUTO_TOP if top == "auto" else top
     to_score: dict[str, list[LatentEvidence]] = {}
@@ -106,8 +127,8 @@ def estimate_job(job: Job) -> dict[str, Any]:
             selected = store.selected(run_id)
             latents = len(selected)
             if stage in ("collect", "label"):
-                labels, have = store.labels(run_id, job.labeler), scored(store, run_id, job.labeler)
-                selected = needing_calls(store, run_id, selected, ask_all or ":" not in job.labeler)
+                labels, have = store.labels(run_id, spec), scored(store, run_id, spec)
+                selected = needing_calls(store, run_id, selected, ask_all or ":" not in spec)
                 done = [j for j in selected if j in labels and labels[j].status in FINISHED]
                 latents = [store.evidence(run_id, j) for j in selected if j not in done]
                 for name in scorers:
@@ -117,7 +138,7 @@ def estimate_job(job: Job) -> dict[str, Any]:
                         if usable(labels[j]) and (ask_all or labels[j].status == "ok") and (j, name) not in have
                     ]
                     to_score[name] = [store.evidence(run_id, j) for j in waiting]
-    plan = asdict(estimate(job.labeler, latents, scorers, job.settings(run_id), to_score))
+    plan = asdict(estimate(spec, latents, scorers, job.settings(run_id), to_score))
     return {"latents": latents if isinstance(latents, int) else len(latents)} | plan
 
 
@@ -125,21 +146,26 @@ def check_scorers(job: Job) -> None:
     """InputError for a scorer that does not exist or needs a model the labeler has not, and for unusable templates."""
     from autointerp.labeling.base import find_scorer, needs_engine
 
-    _, model = split_spec(job.labeler)
-    for name in job.scorers:
-        if needs_engine(find_scorer(name)[0]) and not model:
-            raise InputError(f"scorer {name!r} asks a language model: give --labeler openai:MODEL or anthropic:MODEL")
-    if model and job.labeling.get("prompts_dir"):
-        from autointerp.labeling.llm.estimate import estimate  # renders every template there is
+    if len(set(job.labelers)) < len(job.labelers):
+        raise InputError(f"--labeler {' '.join(job.labelers)}: one is named twice; name each once")
+    for spec in job.labelers:
+        _, model = split_spec(spec)
+        for name in job.scorers:
+            if needs_engine(find_scorer(name)[0]) and not model:
+                raise InputError(
+                    f"scorer {name!r} asks a language model: give --labeler openai:MODEL or anthropic:MODEL"
+                )
+        if model and job.labeling.get("prompts_dir"):
+            from autointerp.labeling.llm.estimate import estimate  # renders every template there is
 
-        estimate(job.labeler, 1, _scorers(job), job.settings("?"))
+            estimate(spec, 1, _scorers(job, spec), job.settings("?"))
 
 
-def _scorers(job: Job) -> tuple[str, ...]:
+def _scorers(job: Job, spec: str) -> tuple[str, ...]:
     """The scorers by name: those wished for, else the labeler's own."""
     from autointerp.labeling.base import LABELERS
 
-    name, _ = split_spec(job.labeler)
+    name, _ = split_spec(spec)
     return job.scorers or (LABELERS.get(name).default_scorer,)  # pyright: ignore[reportFunctionMemberAccess]
 
 
@@ -178,27 +204,8 @@ async def _work(
             await select_and_store(job, evidence, store, stop, reporter)
         if job.select_only:
             return "done"
-        contexts = None
-        contexts = None
-        if evidence is not None:
-            contextual = cast("Evidence", evidence)  # weights alone serve selection alone
-            await _store_known(run_id, contextual, store)
-            contexts = contextual.contexts()
-        settings = job.settings(run_id)
-        labeler = make_labeler(job.labeler, settings, store)
-        engine = getattr(labeler, "engine", None)
-        scorers = [make_scorer(name, labeler, settings) for name in _scorers(job)]
-        work = Work(store, run_id, labeler, scorers, 2 * settings.concurrency, stop, reporter, settings.ask_all)
-        try:
-            if engine is not None:
-                stop.on_ask.append(engine.stopping.set)
-            await work.label(contexts)
-            await work.score()
-            await work.summarise()
-        finally:
-            if engine is not None:
-                await engine.aclose()
-        status = "done" if work.complete() else "partial"
+        contextual = cast("Evidence | None", evidence)  # weights alone serve selection alone
+        status = await _label(job, contextual, store, stop, reporter)
     except StoppedByUser:
         if not store.read("SELECT 1 FROM runs WHERE run_id = ?", [run_id]):
             raise
@@ -213,6 +220,50 @@ async def _work(
     store.upsert("runs", [{"run_id": run_id, "status": status, "finished_at": datetime.now(UTC), **done}])
     await store.aflush()
     return status
+
+
+async def _label(job: Job, evidence: Evidence | None, store: Store, stop: Stop, reporter: Reporter) -> str:
+    """Labels and scores: by the first labeler, by the next ones what it left open, or by all of them everything.
+
+    A labeler whose provider stops us is passed over as long as there is another; the last one's error is raised.
+    """
+    run_id, settings = job.run.run_id, job.settings(job.run.run_id)
+    contexts = None
+    if evidence is not None:
+        await _store_known(run_id, evidence, store)
+        contexts = evidence.contexts()
+    works: list[Work] = []
+    wanted = set(store.selected(run_id)) - store.dead(run_id)
+    for spec in job.labelers:
+        done = set() if job.every else {latent for work in works for latent in work.labelled()}
+        unscored = [] if job.every else [work.labeler.name for work in works if not work.all_scored()]
+        if works and done >= wanted and not unscored:
+            break
+        labeler = make_labeler(spec, settings, store)
+        scorers = [make_scorer(name, labeler, settings) for name in _scorers(job, spec)]
+        waiting = EVERY_LATENT if settings.batch else 2 * settings.concurrency
+        work = Work(store, run_id, labeler, scorers, waiting, stop, reporter, settings.ask_all, frozenset(done))
+        works.append(work)
+        engine = getattr(labeler, "engine", None)
+        try:
+            if engine is not None:
+                stop.on_ask.append(engine.stopping.set)
+            await work.label(contexts)
+            await work.score()
+            for name in unscored:
+                await work.score(name)
+            await work.summarise()
+        except ProviderError as error:
+            if spec == job.labelers[-1]:
+                raise
+            reporter.say(f"{error}; going on with the next labeler")
+        finally:
+            contexts = None  # they stand in the store now
+            if engine is not None:
+                await engine.aclose()
+    complete = [work.labelled() >= wanted for work in works]
+    together = {latent for work in works for latent in work.labelled()} >= wanted
+    return "done" if (all(complete) if job.every else together) else "partial"
 
 
 async def select_and_store(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from autointerp.errors import InputError
 from autointerp.records import Change, Label, LatentEvidence, RunSummary, Score
@@ -46,6 +46,8 @@ class Scorer(Protocol):
 class CallStore(Protocol):
     """The part of the store that paid calls need."""
 
+    path: str
+
     def upsert(self, table: str, rows: Sequence[Mapping[str, Any]]) -> Future[None]: ...
 
     def read(self, sql: str, params: Sequence[Any] | None = None) -> list[dict[str, Any]]: ...
@@ -62,7 +64,12 @@ class LabelingSettings:
     """Requests per minute."""
     tpm: int | None = None
     """Tokens per minute, input and output together."""
+    itpm: int | None = None
+    """Input tokens per minute."""
+    otpm: int | None = None
+    """Output tokens per minute."""
     concurrency: int = 8
+    """Requests in flight at most; a provider that refuses gets fewer."""
     seed: int = 0
     ask_all: bool = False
     """Whether the model is asked about latents that a token, bigram or trigram explains, too."""
@@ -70,14 +77,21 @@ class LabelingSettings:
     """Templates here replace those of the package, file by file."""
     prices_path: Path | None = None
     """A JSON file as labeling/llm/prices.json, whose models replace or add to the listed ones."""
+    api: Literal["chat", "responses"] = "chat"
+    """Which of OpenAI's two APIs is asked; a model that has only the second is asked there in either case."""
+    batch: bool = False
+    """Questions go through the provider's batch endpoint: half the price, within a day."""
     timeout_s: float = 120.0
     """Total deadline of one call, from sending to the last byte of its answer."""
 
     def __post_init__(self) -> None:
         positive = {"max-usd": self.max_usd, "rpm": self.rpm, "tpm": self.tpm, "concurrency": self.concurrency}
+        positive |= {"itpm": self.itpm, "otpm": self.otpm}
         for option, value in positive.items():
             if value is not None and not value > 0:
                 raise InputError(f"--{option} {value} must be above 0")
+        if self.api not in ("chat", "responses"):
+            raise InputError(f"--api {self.api} is unknown: choose chat or responses")
 
 
 LABELERS: Registry[Callable[..., Labeler]] = Registry("labeler", "autointerp.labeling.labelers")

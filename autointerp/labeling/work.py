@@ -59,6 +59,8 @@ class Work:
     reporter: Reporter
     ask_all: bool = False
     """Whether the labeler's model is asked about latents that are n-grams, too."""
+    skip: frozenset[int] = frozenset()
+    """Latents that another labeler has labelled."""
     halted: AutointerpError | None = field(default=None, init=False)
     """The budget or the provider said no: nothing more is asked, but contexts are still collected."""
 
@@ -73,7 +75,7 @@ class Work:
         selected = self.store.selected(self.run_id)
         labels = self.store.labels(self.run_id, self.labeler.name)
         done = {latent for latent in selected if latent in labels and labels[latent].status in FINISHED}
-        done |= self.store.dead(self.run_id) & set(selected)
+        done |= self.skip | (self.store.dead(self.run_id) & set(selected))
         self._ngrams = self.store.ngrams(self.run_id) if self._asks else {}
         self.reporter.start("labels", len(selected))
         self.reporter.advance("labels", len(done))
@@ -85,11 +87,15 @@ class Work:
         if self.labeler.name == "lexical":
             await self._name_targets()
 
-    async def score(self) -> None:
-        """Scores every usable label that has no score yet, beside the label of another latent as the null."""
-        labels = self.store.labels(self.run_id, self.labeler.name)
+    async def score(self, labeler: str | None = None) -> None:
+        """Scores every usable label that has no score yet, beside the label of another latent as the null.
+
+        With `labeler`, the labels of that one, whose own judge is out of reach.
+        """
+        labeler = labeler or self.labeler.name
+        labels = self.store.labels(self.run_id, labeler)
         found = [labels[j] for j in self.store.selected(self.run_id) if j in labels and usable(labels[j])]
-        done = scored(self.store, self.run_id, self.labeler.name)
+        done = scored(self.store, self.run_id, labeler)
         self.reporter.start("scores", len(found) * len(self.scorers))
         async with _gathering() as tasks:
             for wished in self.scorers:
@@ -121,11 +127,17 @@ class Work:
         summary = await self.labeler.summarise(changes)
         await asyncio.wrap_future(self.store.upsert("summaries", [summary_row(self.run_id, summary, changes)]))
 
-    def complete(self) -> bool:
-        """Whether every selected latent has a usable label."""
+    def labelled(self) -> set[int]:
+        """The latents with a usable label of this labeler."""
         labels = self.store.labels(self.run_id, self.labeler.name)
-        dead = self.store.dead(self.run_id)
-        return all(j in dead or (j in labels and usable(labels[j])) for j in self.store.selected(self.run_id))
+        return {latent for latent in self.store.selected(self.run_id) if latent in labels and usable(labels[latent])}
+
+    def all_scored(self) -> bool:
+        """Whether each of those has all the scores that it is to get."""
+        labels = self.store.labels(self.run_id, self.labeler.name)
+        done = scored(self.store, self.run_id, self.labeler.name)
+        wished = ((latent, scorer) for latent in self.labelled() for scorer in self.scorers)
+        return all((latent, self._scorer_of(labels[latent], scorer).name) in done for latent, scorer in wished)
 
     async def _stored(self, contexts: Contexts) -> AsyncIterator[int]:
         """The latents whose contexts are committed, one by one."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from autointerp.labeling.llm import batches
 from autointerp.store import Store
 
 from ..faults.server import Fault, error
@@ -261,3 +262,33 @@ def test_dead_latents_are_not_labelled(copied: World, shell: Shell, use: Any) ->
         assert shell(*copied.args(labeler=MODELS["openai"])).status == 0
         assert len(questions(server, "label")) == K - 1
     assert read(copied.db, f"SELECT * FROM labels WHERE latent = {first['latent']} AND labeler <> 'lexical'") == []
+
+
+@pytest.mark.parametrize("provider", MODELS)
+def test_in_batches_the_same_labels_cost_half(
+    provider: str, copied: World, shell: Shell, use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience = batches.Patience(linger_s=0.3, first_poll_s=0.02, longest_poll_s=0.05, grace_s=0.1)
+    monkeypatch.setattr(batches, "PATIENCE", patience)
+    (tmp_path / "one by one").mkdir()
+    alone = tmp_path / "one by one" / "store.duckdb"
+    shutil.copy(copied.db, alone)
+    labels = "SELECT latent, label, explanation, effect, status FROM labels WHERE labeler <> 'lexical' ORDER BY latent"
+    with Serving() as server:
+        use(server)
+        assert shell(*copied.args(labeler=MODELS[provider], db=alone)).status == 0
+        full = server.server.bill.usd
+        n = len(server.requests)
+    with Serving() as server:
+        use(server)
+        plan = json.loads(shell(*copied.args(labeler=MODELS[provider], batch=True, dry_run=True, json=True)).out)
+        assert shell(*copied.args(labeler=MODELS[provider], batch=True)).status == 0
+        assert len(server.requests) == n
+        assert {request["batch"] for request in server.requests} == {"batch_0", "batch_1"}, "labels, then scores"
+        assert server.server.bill.usd == pytest.approx(full / 2)
+        assert plan["usd_low"] <= server.server.bill.usd <= plan["usd_high"]
+        spent = read(copied.db, "SELECT sum(usd) AS usd FROM calls")
+        assert spent == [{"usd": pytest.approx(full / 2)}]
+        assert shell(*copied.args(labeler=MODELS[provider], batch=True)).status == 0
+        assert len(server.requests) == n
+    assert read(copied.db, labels) == read(alone, labels)

@@ -69,6 +69,8 @@ class World:
             option = f"--{key.replace('_', '-')}"
             if value is True:
                 words.append(option)
+            elif isinstance(value, list):
+                words += [word for item in value for word in (option, str(item))]
             elif value is not None:
                 words += [option, str(value)]
         return words

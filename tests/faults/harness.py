@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from autointerp.labeling.base import LabelingSettings
+from autointerp.labeling.llm.batches import Patience
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.limits import Limits
 from autointerp.labeling.llm.provider import Request, make_provider
@@ -25,6 +26,9 @@ from .server import Fault, FaultServer, Respond, oracle
 
 KEY = "sk-proj-secretXYZZY"
 MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5"}
+SOON = Patience(
+    linger_s=0.05, first_poll_s=0.01, longest_poll_s=0.02, grace_s=0.05, first_wait_s=0.002, longest_wait_s=0.01
+)
 QUICK = Retries(first_wait_s=0.002, longest_wait_s=0.02, total_s=5.0)
 
 
@@ -55,6 +59,7 @@ async def bench(
     run_id: str = "run",
     cached_tokens: int = 0,
     latency_s: float = 0.0,
+    patience: Patience = SOON,
     **settings: Any,
 ) -> AsyncIterator[Bench]:
     """An engine with a fresh store in `folder` (or the one that is there), against `server` or a fresh one."""
@@ -69,7 +74,7 @@ async def bench(
             patch.setenv("ANTHROPIC_BASE_URL", own.url)
             turned = LabelingSettings(run_id, **settings)
             made = make_provider(provider, model or MODELS[provider], turned)
-            engine = Engine(made, store, turned, retries=retries, limits=limits)
+            engine = Engine(made, store, turned, retries=retries, limits=limits, patience=patience)
             yield Bench(own, store, engine)
             await engine.aclose()
     finally:
@@ -98,6 +103,7 @@ import asyncio, sys
 from pathlib import Path
 from faults.harness import question, word
 from autointerp.labeling.base import LabelingSettings
+from autointerp.labeling.llm.batches import Patience
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.provider import make_provider
 from autointerp.store import Store
@@ -150,6 +156,6 @@ def planted(
     predictions = tuple(Prediction(latent, 0, side, 1, "Equal", 0.5) for side in ("base", "adapted"))  # type: ignore[arg-type]
     numbers = {"mean_base": 0.1, "mean_adapted": 0.2, "freq_base": 0.01, "freq_adapted": 0.02}
     return LatentEvidence(
-        "run", latent, 1, "read", "live", 0.25, 1.0, **numbers, max_base=12.0, max_adapted=12.0,
+        "run", latent, 1, "read", "live", 0.25, 1.0, **numbers, max_base=12.0, max_adapted=12.0, decoder=(),
         contexts=tuple(contexts), writes=writes, predictions=predictions,
     )  # fmt: skip

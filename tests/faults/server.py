@@ -1,4 +1,5 @@
-"""A loopback server that speaks chat completions and messages, keeps its own bill, and misbehaves by plan."""
+"""A loopback server that speaks chat completions, responses, messages and both batch protocols, keeps its own bill, and
+misbehaves by plan."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
+
+from .batches import Desk
+from .protocols import Said, question_of, render
 
 Respond = Callable[[str, str], str]
 """(system prompt, last user message) → text of the answer."""
@@ -31,7 +35,7 @@ class Fault:
     delay_s: float = 0.0
     breaks: str = ""
     """`reset`: the connection closes without an answer; `truncate`: in the middle of it; `hang`: nothing comes;
-    `drip`: a byte now and then, so that no read ever times out."""
+    `drip`: a byte now and then, so that no read ever times out. Of a line of a batch: `expire`, `lose`, `twice`."""
 
 
 def error(status: int, message: str, *, code: str = "", kind: str = "", **headers: str) -> Fault:
@@ -70,10 +74,15 @@ class FaultServer:
         self.keys: list[str] = []
         self.bill = Bill()
         self.busiest = 0
-        self._busy = 0
+        self.busy = 0
+        self.choose: Callable[[], Fault | None] = lambda: self.plan.popleft() if self.plan else None
+        """What the next request meets; by default the next of the plan."""
         self._prices = usd_per_mtok
         self._cached = cached_tokens
         self._latency_s = latency_s
+        self.desk = Desk(self)
+        self.batch_plan: deque[Fault | None] = deque()
+        """What the next requests to batch and file endpoints meet."""
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
 
@@ -108,24 +117,46 @@ class FaultServer:
         """One request and its answer. False when the connection is over."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         headers = {k.lower(): v for k, v in re.findall(r"^([^:\r\n]+): *([^\r\n]*)", head, re.MULTILINE)}
-        request = json.loads(await reader.readexactly(int(headers["content-length"])))
-        path = head.split(" ", 2)[1]
-        self.requests.append({"path": path, **request})
+        raw = await self._body(reader, headers)
+        method, path = head.split(" ", 2)[:2]
         self.keys.append(headers.get("authorization", headers.get("x-api-key", "")))
-        fault = (self.plan.popleft() if self.plan else None) or Fault()
-        self._busy += 1
-        self.busiest = max(self.busiest, self._busy)
+        self.busy += 1
+        self.busiest = max(self.busiest, self.busy)
         try:
-            await asyncio.sleep(self._latency_s + fault.delay_s)
-            if fault.breaks in ("reset", "hang"):
-                await asyncio.sleep(3600 if fault.breaks == "hang" else 0)
-                writer.transport.abort()
-                return False
-            body = fault.body if fault.body is not None else self._answer(path, request, fault)
-            await self._write(writer, fault, body.encode())
+            return await self._reply(writer, method, path, raw)
         finally:
-            self._busy -= 1
+            self.busy -= 1
+
+    async def _body(self, reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
+        if headers.get("transfer-encoding") != "chunked":
+            return await reader.readexactly(int(headers.get("content-length", 0)))
+        whole = b""
+        while size := int(await reader.readline(), 16):
+            whole += (await reader.readexactly(size + 2))[:-2]
+        await reader.readline()
+        return whole
+
+    async def _reply(self, writer: asyncio.StreamWriter, method: str, path: str, raw: bytes) -> bool:
+        if method != "POST" or re.search(r"/(batches|files)\b", path):
+            fault = self.batch_plan.popleft() if self.batch_plan else None
+            done = None if fault and not fault.breaks else self.desk.handle(method, path, raw)
+            fault = fault or Fault(*(done or (404, "{}")))  # one that breaks does so when the work is done
+        else:
+            request = json.loads(raw)
+            self.requests.append({"path": path, **request})
+            fault = self.next_fault()
+            await asyncio.sleep(self._latency_s + fault.delay_s)
+            if fault.breaks not in ("reset", "hang") and fault.body is None:
+                fault = replace(fault, body=self.answer(path, request, fault))
+        if fault.breaks in ("reset", "hang"):
+            await asyncio.sleep(3600 if fault.breaks == "hang" else 0)
+            writer.transport.abort()
+            return False
+        await self._write(writer, fault, (fault.body or "").encode())
         return not fault.breaks
+
+    def next_fault(self) -> Fault:
+        return self.choose() or Fault()
 
     async def _write(self, writer: asyncio.StreamWriter, fault: Fault, body: bytes) -> None:
         headers = {"content-type": "application/json", "content-length": str(len(body)), **fault.headers}
@@ -139,13 +170,10 @@ class FaultServer:
         writer.write(body[: len(body) // 2] if fault.breaks == "truncate" else body)
         await writer.drain()
 
-    def _answer(self, path: str, request: dict[str, Any], fault: Fault) -> str:
-        """A well-formed answer in the protocol of `path`, on the bill."""
-        openai = path.endswith("/chat/completions")
-        system = request["messages"][0]["content"] if openai else request["system"]
-        text = fault.text if fault.text is not None else self.respond(system, request["messages"][-1]["content"])
-        said = [request["messages"]] if openai else [request["system"], request["messages"]]
-        read = sum(len(json.dumps(part)) for part in said) // 4
+    def answer(self, path: str, request: dict[str, Any], fault: Fault, share: float = 1.0) -> str:
+        """A well-formed answer in the protocol of `path`, on the bill at a `share` of the price."""
+        system, user, read = question_of(path, request)
+        text = fault.text if fault.text is not None else self.respond(system, user)
         wrote = len(text) // 4 + 1
         cached = min(self._cached, read)
         if fault.usage:
@@ -154,41 +182,9 @@ class FaultServer:
             self.bill.cached_tokens += cached
             self.bill.output_tokens += wrote
             plain_usd, cached_usd, output_usd = self._prices
-            self.bill.usd += ((read - cached) * plain_usd + cached * cached_usd + wrote * output_usd) / 1e6
-        if openai:
-            return json.dumps(_completion(request["model"], text, fault, read, cached, wrote))
-        return json.dumps(_message(request["model"], text, fault, read, cached, wrote))
-
-
-def _completion(model: str, text: str, fault: Fault, read: int, cached: int, wrote: int) -> dict[str, Any]:
-    refused = fault.finish == "refusal"
-    message = {"role": "assistant", "content": None if refused else text, "refusal": text if refused else None}
-    finish = {"length": "length", "filter": "content_filter"}.get(fault.finish, "stop")
-    answer = {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": model,
-        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-    }
-    details = {"cached_tokens": cached}
-    usage = {"prompt_tokens": read, "completion_tokens": wrote, "prompt_tokens_details": details}
-    return answer | ({"usage": usage | {"total_tokens": read + wrote}} if fault.usage else {})
-
-
-def _message(model: str, text: str, fault: Fault, read: int, cached: int, wrote: int) -> dict[str, Any]:
-    finish = {"length": "max_tokens", "refusal": "refusal", "filter": "refusal"}.get(fault.finish, "end_turn")
-    answer = {
-        "id": "msg_1",
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": [{"type": "text", "text": text}],
-        "stop_reason": finish,
-        "stop_sequence": None,
-    }
-    usage = {"input_tokens": read - cached, "cache_read_input_tokens": cached, "output_tokens": wrote}
-    return answer | ({"usage": usage} if fault.usage else {})
+            self.bill.usd += share * ((read - cached) * plain_usd + cached * cached_usd + wrote * output_usd) / 1e6
+        said = Said(request["model"], text, fault.finish, read, cached, wrote, fault.usage)
+        return json.dumps(render(path, said))
 
 
 def oracle(system: str, user: str) -> str:

@@ -59,12 +59,15 @@ def test_the_schema_and_the_cap_are_sent(tmp_path: Path, provider: str):
 def test_what_openai_itself_is_asked(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     provider = OpenAIProvider("gpt-6-luna", KEY, None, 1.0)
-    body = provider._body(question())
+    body = provider.body(question())
     assert (body["max_completion_tokens"], body["reasoning_effort"]) == (50, "none")
+    assert body["prompt_cache_key"] == "autointerp-hash"
+    provider.adapt("reasoning_effort")
+    assert provider.body(question())["reasoning_effort"] == "low", "as little thought as the model lets us"
     provider.adapt("reasoning_effort")
     provider.adapt("max_completion_tokens")
     provider.adapt("max_completion_tokens")  # a second refusal of a question that was already on its way
-    body = provider._body(question())
+    body = provider.body(question())
     assert (body["max_tokens"], "reasoning_effort" in body) == (50, False)
 
 

@@ -198,3 +198,17 @@ def test_what_a_status_means():
     assert isinstance(filtered, Terminal)
     assert filtered.status == "refused"
     assert len(str(from_status(500, {}, "x" * 10_000))) <= 300
+
+
+def test_a_provider_that_is_down_is_not_asked_for_ever(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), concurrency=1) as b:
+            b.server.choose = lambda: error(503, "busy")
+            asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(12)]
+            errors = await asyncio.gather(*asks, return_exceptions=True)
+            kinds = [type(e) for e in errors]
+            assert set(kinds) == {Terminal, ProviderError}
+            assert 5 <= kinds.count(Terminal) <= 7, "some may have been at their last attempt"
+            assert len(b.server.requests) < 12 * 6
+
+    asyncio.run(run())

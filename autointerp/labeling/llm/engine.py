@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from autointerp.errors import ProviderError
 from autointerp.labeling.base import CallStore, LabelingSettings
 from autointerp.labeling.llm.answers import read_answer
+from autointerp.labeling.llm.batch_sending import BatchSender
+from autointerp.labeling.llm.batches import Batches, Patience
+from autointerp.labeling.llm.cache import Answers
 from autointerp.labeling.llm.commits import Commits
-from autointerp.labeling.llm.faults import Terminal
+from autointerp.labeling.llm.concurrency import Slots
+from autointerp.labeling.llm.faults import Fault, Stop, Terminal
 from autointerp.labeling.llm.ledger import Ledger, Spend
 from autointerp.labeling.llm.limits import Limits
-from autointerp.labeling.llm.provider import Answer, Provider, Request
+from autointerp.labeling.llm.provider import Answer, Provider, Request, batches_of
 from autointerp.labeling.llm.sending import Retries, Sender
 
 T = TypeVar("T")
@@ -58,13 +61,21 @@ class Engine:
         *,
         retries: Retries | None = None,
         limits: Limits | None = None,
+        patience: Patience | None = None,
     ):
         self.provider = provider
-        self._store = store
         self._commits = Commits(store)
+        self._answers = Answers(store, self._commits, provider)
         self._ledger = Ledger(store, self._commits, provider, settings.run_id, settings.max_usd)
-        limits = limits or Limits(settings.rpm, settings.tpm)
-        self._sender = Sender(provider, self._ledger, limits, settings.concurrency, retries)
+        limits = limits or Limits(settings.rpm, settings.tpm, settings.itpm, settings.otpm)
+        self._batches = Batches(
+            provider, batches_of(provider), store, self._commits, self._ledger, self._answers, settings.run_id, patience
+        )
+        self._batched = settings.batch
+        if settings.batch:
+            self._sender: Sender = BatchSender(provider, self._ledger, limits, self._batches)
+        else:
+            self._sender = Sender(provider, self._ledger, limits, settings.concurrency, retries)
         self._opened: asyncio.Task[None] | None = None
         self._in_flight: dict[str, asyncio.Task[Any]] = {}
         self._roomier: set[str] = set()
@@ -80,6 +91,11 @@ class Engine:
         return self._ledger.spend
 
     @property
+    def slots(self) -> Slots:
+        """How many calls may be in flight at the moment."""
+        return self._sender.slots
+
+    @property
     def stopping(self) -> asyncio.Event:
         """Set it, and what is in flight is finished and committed, and nothing more is sent."""
         return self._sender.stopping
@@ -91,7 +107,7 @@ class Engine:
         Cancelling the caller does not cancel a call that is on its way. Raises Terminal (this question gets no answer),
         BudgetError, ProviderError, Interrupted, or what the store raises when it cannot be written.
         """
-        sha256 = request.sha256(self.provider.name, self.provider.endpoint, self.provider.model)
+        sha256 = request.sha256(self.provider)
         task = self._in_flight.get(sha256)
         if task is None:
             task = asyncio.create_task(self._answer(request, sha256, parse, latent, purpose))
@@ -108,6 +124,7 @@ class Engine:
     async def aclose(self) -> None:
         """`drain`, then close the connections."""
         await self.drain()
+        await self._sender.aclose()
         await self.provider.aclose()
 
     def _landed(self, sha256: str, task: asyncio.Task[Any]) -> None:
@@ -118,16 +135,28 @@ class Engine:
     async def _answer(
         self, request: Request, sha256: str, parse: Parse[T], latent: int | None, purpose: str
     ) -> Reply[T]:
-        stored = await self._stored(sha256)
+        if self._opened is None:
+            self._opened = asyncio.create_task(self._open())
+        await asyncio.shield(self._opened)
+        stored = await self._answers.find(sha256)
         if stored is not None:
             try:
                 return self._reply(stored, sha256, parse, stored=True)
             except _MisfitError:
                 pass  # an older version understood it, this one does not: ask again
-        if self._opened is None:
-            self._opened = asyncio.create_task(self._ledger.open())
-        await asyncio.shield(self._opened)
         return await self._ask_anew(request, sha256, parse, latent, purpose)
+
+    async def _open(self) -> None:
+        """Read the ledger; fetch what batches of an earlier process hold, waiting for them in batch mode."""
+        await self._ledger.open()
+        try:
+            await self._sender.unless_stopped(self._batches.recover(wait=self._batched))
+        except Fault as fault:
+            if self._batched or isinstance(fault, Stop):
+                raise ProviderError(
+                    f"{self.name}: a batch of an earlier command cannot be fetched ({fault}): "
+                    "the same command tries again"
+                ) from None
 
     async def _ask_anew(
         self, request: Request, sha256: str, parse: Parse[T], latent: int | None, purpose: str
@@ -162,10 +191,10 @@ class Engine:
         commits = [settled]
         try:
             reply = self._reply(answer, sha256, parse, stored=False)
-            commits.append(self._write(answer, sha256))
+            commits.append(self._answers.keep(answer, sha256))
             return reply
         except Terminal:
-            commits.append(self._write(answer, sha256))
+            commits.append(self._answers.keep(answer, sha256))
             raise
         finally:
             await asyncio.gather(*commits)
@@ -179,18 +208,3 @@ class Engine:
         except ValueError as error:
             raise _MisfitError(f"{error}; it was cut off" if answer.finish == "length" else str(error)) from None
         return Reply(value, sha256, stored, salvaged)
-
-    async def _stored(self, sha256: str) -> Answer | None:
-        sql = "SELECT answer FROM answers WHERE request_sha256 = ?"
-        rows = await asyncio.to_thread(self._store.read, sql, [sha256])
-        return Answer(**json.loads(rows[0]["answer"])) if rows else None
-
-    def _write(self, answer: Answer, sha256: str) -> asyncio.Future[None]:
-        row = {
-            "request_sha256": sha256,
-            "provider": self.provider.name,
-            "model": self.provider.model,
-            "answer": asdict(answer),
-            "created_at": datetime.now(UTC).replace(tzinfo=None),
-        }
-        return self._commits.put("answers", row)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autointerp.labeling.base import LABELERS, LabelingSettings, find_scorer, needs_engine, split_spec
-from autointerp.labeling.llm.prices import Price, find_price
+from autointerp.labeling.llm.prices import BATCH_SHARE, Price, find_price
 from autointerp.labeling.llm.provider import Planned
 from autointerp.labeling.prompts import Prompts
 from autointerp.labeling.summary import plan_summary
@@ -17,6 +17,8 @@ from autointerp.records import Context, ContextKind, DecoderToken, LatentEvidenc
 BYTES_PER_TOKEN = (4.6, 3.8, 3.0)
 """Of English and code in current tokenisers: many, typical, few."""
 OUTPUT_SPREAD = (0.7, 1.0, 1.8)
+BATCH_SECONDS = (300.0, 2 * 86_400.0)
+"""Labels are one batch, their scores the next; each may take a day, and seldom does."""
 SECONDS_PER_CALL = (0.8, 4.0)
 _FORMAT_TOKENS = 12
 _CONTEXTS_PER_KIND, _PREDICTED, _PEAK = 20, 10, 23
@@ -75,8 +77,11 @@ def estimate(
     least = [plan for plan in planned if plan.certain]
     spreads = zip((least, planned, planned), BYTES_PER_TOKEN, OUTPUT_SPREAD, strict=True)
     low, typical, high = (_tokens(asked, n_bytes, output) for asked, n_bytes, output in spreads)
-    quick, slow = (_seconds(len(planned), sum(typical), s, settings) for s in SECONDS_PER_CALL)
-    usd_low, usd_high = (price.usd(*low), price.usd(*high)) if price else (None, None)
+    quick, slow = (_seconds(len(planned), *typical, s, settings) for s in SECONDS_PER_CALL)
+    share = BATCH_SHARE if settings.batch else 1.0
+    usd_low, usd_high = (share * price.usd(*low), share * price.usd(*high)) if price else (None, None)
+    if settings.batch and planned:
+        quick, slow = BATCH_SECONDS
     return Estimate(len(planned), *typical, usd_low, usd_high, quick, slow)
 
 
@@ -87,11 +92,11 @@ def _tokens(planned: Sequence[Planned], bytes_per_token: float, output_spread: f
     return round(read), round(output_spread * sum(p.output_tokens for p in planned))
 
 
-def _seconds(calls: int, tokens: int, seconds_per_call: float, settings: LabelingSettings) -> float:
+def _seconds(calls: int, read: int, wrote: int, seconds_per_call: float, settings: LabelingSettings) -> float:
     """The slowest of latency, requests per minute and tokens per minute."""
-    by_requests = 60 * calls / settings.rpm if settings.rpm else 0.0
-    by_tokens = 60 * tokens / settings.tpm if settings.tpm else 0.0
-    return max(calls * seconds_per_call / settings.concurrency, by_requests, by_tokens)
+    rates = (calls, settings.rpm), (read + wrote, settings.tpm), (read, settings.itpm), (wrote, settings.otpm)
+    by_latency = calls * seconds_per_call / settings.concurrency
+    return max([by_latency, *(60 * n / limit for n, limit in rates if limit)])
 
 
 def typical_evidence() -> LatentEvidence:

@@ -78,6 +78,8 @@ def from_status(status: int, headers: Mapping[str, str], body: str, optional: tu
     message = f"HTTP {status}: {error_message(body)}"
     if status == 429 and not _QUOTA.search(_codes(body)):
         return Retry(message, "limit", wait_s=retry_after(headers), http_status=status)
+    if status == 404 and "v1/responses" in optional and "v1/responses" in body:
+        return Retry("v1/responses", "adapt", http_status=status)
     if status in (401, 402, 403, 404) or (status in (400, 429) and _QUOTA.search(body)):
         return Stop(message, http_status=status)
     if status >= 500 or status in (408, 409, 425):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from autointerp.errors import BudgetError
 from autointerp.labeling.base import CallStore
 from autointerp.labeling.llm.commits import Commits
 from autointerp.labeling.llm.faults import Fault, Terminal
+from autointerp.labeling.llm.prices import BATCH_SHARE
 from autointerp.labeling.llm.provider import Answer, Provider, Request
 from autointerp.records import CallStatus
 
@@ -25,6 +28,13 @@ SELECT count(*) AS calls, sum(input_tokens) AS input_tokens, sum(cached_tokens) 
        sum(output_tokens) AS output_tokens, sum(usd) AS usd,
        sum(usd_estimated) FILTER (usd IS NULL) AS usd_in_doubt
 FROM calls WHERE run_id = ?
+"""
+
+
+# Calls of a batch that is not done with are not lost: it will be asked for them.
+_LOST = """
+SELECT call_id FROM calls LEFT JOIN batches USING (batch_key)
+WHERE calls.status = 'sent' AND coalesce(batches.status, 'lost') NOT IN ('creating', 'submitted')
 """
 
 
@@ -48,6 +58,12 @@ class Entry:
 
     usd: float | None
     """What it may cost at most; None when the model has no price."""
+    share: float = 1.0
+    """Of the listed price: a batch costs half."""
+    ours: bool = True
+    """False for a call of another run, whose batch we fetch on the way."""
+    settled: bool = False
+    """True for a call of a batch that was settled before its batch was done with."""
     call_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started: float = field(default_factory=time.monotonic)
 
@@ -77,12 +93,12 @@ class Ledger:
         counts = {name: int(totals[name] or 0) for name in names}
         self.spend = Spend(**counts, usd=float(totals["usd"] or 0), usd_in_doubt=float(totals["usd_in_doubt"] or 0))
 
-    async def reserve(self, request: Request) -> Entry:
+    async def reserve(self, request: Request, share: float = 1.0) -> Entry:
         """Set aside the most that `request` can cost. BudgetError when that no longer fits under the cap."""
         price = self._provider.price
         if price is None:
-            return Entry(None)
-        usd = price.usd_at_most(request.input_tokens_at_most(), request.max_output_tokens)
+            return Entry(None, share)
+        usd = share * price.usd_at_most(request.input_tokens_at_most(), request.max_output_tokens)
         while self.max_usd is not None and self._gone() + usd > self.max_usd + _ROUNDING_USD:
             if not self._reserved:
                 raise BudgetError(
@@ -91,11 +107,19 @@ class Ledger:
                     "the same command with a larger --max-usd goes on from here"
                 )
             await self._freed.wait()
-        entry = Entry(usd)
+        entry = Entry(usd, share)
         self._reserved[entry.call_id] = usd
         return entry
 
-    async def enter(self, entry: Entry, request_sha256: str, latent: int | None, purpose: str, attempt: int) -> None:
+    async def enter(
+        self,
+        entry: Entry,
+        request_sha256: str,
+        latent: int | None,
+        purpose: str,
+        attempt: int,
+        batch_key: str | None = None,
+    ) -> None:
         """Commit the attempt as `sent`: from here on a crash leaves a trace of what may have been paid."""
         row = {
             "call_id": entry.call_id,
@@ -108,13 +132,14 @@ class Ledger:
             "request_sha256": request_sha256,
             "usd_estimated": entry.usd,
             "attempt": attempt,
+            "batch_key": batch_key,
             "started_at": datetime.now(UTC).replace(tzinfo=None),
         }
         _on_their_way.add(entry.call_id)
         try:
             await self._commits.put("calls", row)
         except BaseException:
-            self._free(entry)  # not sent
+            self.free(entry)  # not sent
             _on_their_way.discard(entry.call_id)
             raise
 
@@ -123,15 +148,12 @@ class Ledger:
 
         An attempt that may have been charged without our seeing the usage stays in doubt, at its estimate.
         """
+        if entry.settled:
+            return _resolved()
         status, usd, usage = self._judge(entry, outcome)
-        self._free(entry)
-        self.spend.calls += 1
-        for name, tokens in usage.items():
-            setattr(self.spend, name, getattr(self.spend, name) + (tokens or 0))
-        if usd is None:
-            self.spend.usd_in_doubt += entry.usd or 0.0
-        else:
-            self.spend.usd += usd
+        self.free(entry)
+        if entry.ours:
+            self._add(entry, usd, usage)
         settled = {
             "call_id": entry.call_id,
             "status": status,
@@ -139,10 +161,42 @@ class Ledger:
             **usage,
             "usd": usd,
             "seconds": time.monotonic() - entry.started,
+            "error": str(outcome) if isinstance(outcome, Fault) else _doubt(outcome),
         }
         committed = self._commits.put("calls", settled)
         committed.add_done_callback(lambda _: _on_their_way.discard(entry.call_id))
         return committed
+
+    def adopt(self, row: Mapping[str, Any]) -> Entry:
+        """The reservation of a call of a batch that another process submitted. `settle` or `leave` it."""
+        entry = Entry(
+            row["usd_estimated"],
+            BATCH_SHARE,
+            ours=row["run_id"] == self._run_id,
+            settled=row["status"] != "sent",
+            call_id=row["call_id"],
+        )
+        if entry.ours and not entry.settled:
+            self.spend.calls -= 1
+            self.spend.usd_in_doubt -= entry.usd or 0.0
+            self._reserved[entry.call_id] = entry.usd or 0.0
+        return entry
+
+    def leave(self, entry: Entry) -> None:
+        """Undo `adopt`: its batch is still under way."""
+        if entry.ours and not entry.settled:
+            self.spend.calls += 1
+            self.spend.usd_in_doubt += entry.usd or 0.0
+            self.free(entry)
+
+    def _add(self, entry: Entry, usd: float | None, usage: dict[str, int | None]) -> None:
+        self.spend.calls += 1
+        for name, tokens in usage.items():
+            setattr(self.spend, name, getattr(self.spend, name) + (tokens or 0))
+        if usd is None:
+            self.spend.usd_in_doubt += entry.usd or 0.0
+        else:
+            self.spend.usd += usd
 
     def _judge(self, entry: Entry, outcome: Answer | Fault) -> tuple[CallStatus, float | None, dict[str, int | None]]:
         """(status, dollars when known, token counts) of one attempt."""
@@ -159,18 +213,31 @@ class Ledger:
         price, read, wrote = self._provider.price, outcome.input_tokens, outcome.output_tokens
         if price is None or read is None or wrote is None:
             return status, None, usage
-        return status, price.usd(read, wrote, outcome.cached_tokens, outcome.cache_write_tokens), usage
+        return status, entry.share * price.usd(read, wrote, outcome.cached_tokens, outcome.cache_write_tokens), usage
 
     def _gone(self) -> float:
         return self.spend.usd + self.spend.usd_in_doubt + sum(self._reserved.values())
 
-    def _free(self, entry: Entry) -> None:
+    def free(self, entry: Entry) -> None:
+        """Give back what was reserved for an attempt that was not sent, or is settled."""
         self._reserved.pop(entry.call_id, None)
         self._freed.set()
         self._freed = asyncio.Event()
 
     def _adopt_orphans(self) -> None:
-        sent = self._store.read("SELECT call_id FROM calls WHERE status = 'sent'")
+        sent = self._store.read(_LOST)
         orphans = [row["call_id"] for row in sent if row["call_id"] not in _on_their_way]
         if orphans:
             self._store.upsert("calls", [{"call_id": lost, "status": "in_doubt"} for lost in orphans]).result()
+
+
+def _doubt(answer: Answer) -> str | None:
+    if answer.input_tokens is None or answer.output_tokens is None:
+        return "the answer came without usage: counted at its estimate"
+    return None
+
+
+def _resolved() -> asyncio.Future[None]:
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future

@@ -1,79 +1,131 @@
-"""Chat completions of OpenAI and of the servers that speak its protocol (vLLM, llama.cpp, Ollama …)."""
+"""OpenAI and the servers that speak its protocol (vLLM, llama.cpp, Ollama …): chat completions or responses."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from typing import Any
+from typing import Any, Literal
 
+from autointerp.labeling.llm import responses
 from autointerp.labeling.llm.prices import Price
-from autointerp.labeling.llm.provider import Answer, Request, count, decode, from_sdk, garbage
+from autointerp.labeling.llm.provider import Answer, Request, cache_key, count, decode, from_sdk, garbage
 
 _HOME = "https://api.openai.com/v1"
 _FINISH = {"length": "length", "content_filter": "refusal"}
 
 
+_EFFORTS = ("none", "low", None)
+"""Chain of thought does not make better labels and is billed as output: as little as the model lets us. None: its own
+default."""
+
+
 class OpenAIProvider:
-    """One model behind one chat-completions endpoint."""
+    """One model behind one endpoint.
+
+    What a server refuses by name in a 400 is left out from then on: structured output, the reasoning effort, the cache
+    key, the system role (put before the first question then). A model that answers through the responses API only is
+    asked there.
+    """
 
     name = "openai"
 
-    def __init__(self, model: str, key: str, price: Price | None, timeout_s: float):
+    def __init__(
+        self, model: str, key: str, price: Price | None, timeout_s: float, api: Literal["chat", "responses"] = "chat"
+    ):
         self.model = model
         self.endpoint = (os.environ.get("OPENAI_BASE_URL") or _HOME).rstrip("/")
         self.price = price
         self.timeout_s = timeout_s
-        self._key = key
+        self.parameters = "" if api == "chat" else api
+        self._api = api
+        self.key = key
         self._client: Any = None
-        at_home = self.endpoint == _HOME
         # Other servers may know only the older name of the cap, and need not be told to answer without long thought.
+        at_home = self.endpoint == _HOME
         self._cap = "max_completion_tokens" if at_home else "max_tokens"
-        self._dispensable = {"response_format", *(["reasoning_effort"] if at_home else [])}
+        self._optional = {"response_format", "text.format", "System role"}
+        self._efforts = list(_EFFORTS if at_home else (None,))
+        if at_home:
+            self._optional |= {"prompt_cache_key", "v1/responses"}
 
     async def complete(self, request: Request) -> Answer:
         import openai
 
         try:
             async with asyncio.timeout(self.timeout_s):
-                raw = await self._ready().chat.completions.with_raw_response.create(**self._body(request))
+                client = self.client()
+                api = client.responses if self._api == "responses" else client.chat.completions
+                raw = await api.with_raw_response.create(**self.body(request))
         except Exception as error:
-            fault = from_sdk(openai, error, (*sorted(self._dispensable), self._cap), self._key)
+            fault = from_sdk(openai, error, self.refusable(), self.key)
         else:
-            return _answer(raw.text, raw.status_code, self.model)
+            return self.read(raw.text, raw.status_code)
         # Out here it carries no context: the SDK's exception holds the request, and the request the key.
         raise fault
 
+    @property
+    def path(self) -> str:
+        """Of the API that is asked, as batches name it."""
+        return "/v1/responses" if self._api == "responses" else "/v1/chat/completions"
+
+    def read(self, body: str, http_status: int) -> Answer:
+        """What the body of a good answer says. Raises Retry (garbage) for one that says nothing."""
+        read = responses.answer if self._api == "responses" else _answer
+        return read(body, http_status, self.model)
+
+    def refusable(self) -> tuple[str, ...]:
+        """Names that a 400 may hold for the question to be worth repeating without what they name."""
+        efforts = ("reasoning_effort", "reasoning.effort", "reasoning") if self._efforts[0] else ()
+        return (*sorted(self._optional), *efforts, *([self._cap] if self._api == "chat" else []))
+
     def adapt(self, parameter: str) -> None:
-        if parameter == self._cap:
+        if parameter == "v1/responses":
+            self._api = "responses"
+        elif parameter.startswith("reasoning"):
+            self._efforts = self._efforts[1:] or [None]
+        elif parameter == self._cap:
             self._cap = "max_tokens" if parameter == "max_completion_tokens" else "max_completion_tokens"
-        self._dispensable.discard(parameter)
+        self._optional.discard(parameter)
 
     async def aclose(self) -> None:
         if self._client is not None:
             await self._client.close()
             self._client = None
 
-    def _ready(self) -> Any:
+    def client(self) -> Any:
+        """The SDK's client, made when it is first needed, without retries of its own."""
         if self._client is None:
             import openai
 
             self._client = openai.AsyncOpenAI(
-                api_key=self._key, base_url=self.endpoint, max_retries=0, timeout=self.timeout_s
+                api_key=self.key, base_url=self.endpoint, max_retries=0, timeout=self.timeout_s
             )
         return self._client
 
-    def _body(self, request: Request) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
+        """What is sent, in the words of the API that is asked."""
+        effort = self._efforts[0]
+        if self._api == "responses":
+            return responses.body(self.model, request, effort, self._optional)
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "system", "content": request.system}, *request.messages()],
+            "messages": self._messages(request),
             self._cap: request.max_output_tokens,
         }
-        if "reasoning_effort" in self._dispensable:
-            body["reasoning_effort"] = "none"  # chain of thought does not make better labels, and is billed as output
-        if "response_format" in self._dispensable:
+        if effort is not None:
+            body["reasoning_effort"] = effort
+        if "prompt_cache_key" in self._optional:
+            body["prompt_cache_key"] = cache_key(request)
+        if "response_format" in self._optional:
             schema = {"name": request.schema_name, "schema": dict(request.schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
+
+    def _messages(self, request: Request) -> list[dict[str, str]]:
+        if "System role" in self._optional:
+            return [{"role": "system", "content": request.system}, *request.messages()]
+        first, *others = request.messages()
+        return [{"role": "user", "content": f"{request.system}\n\n{first['content']}"}, *others]
 
 
 def _answer(body: str, http_status: int, model: str) -> Answer:

@@ -12,6 +12,8 @@ from typing import Any
 
 from autointerp.errors import InputError
 
+BATCH_SHARE = 0.5
+"""What a call in a batch costs of the price of one by itself, at OpenAI and Anthropic alike."""
 PRICES_VARIABLE = "AUTOINTERP_PRICES"
 _VERSION_SUFFIX = re.compile(r"-(latest|\d{8}|\d{4}-\d{2}-\d{2})$")
 

@@ -17,6 +17,8 @@ from autointerp.labeling.llm.prices import Price, find_price
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from autointerp.labeling.llm.batch_api import BatchApi
+
 KEY_VARIABLES = {"openai": ("OPENAI_API_KEY",), "anthropic": ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")}
 _LOCAL_KEY = "local-server-needs-none"
 
@@ -35,10 +37,19 @@ class Request:
     turns: tuple[tuple[Literal["assistant", "user"], str], ...] = ()
     """What was said after `user`: an answer that did not fit the schema, and what was wrong with it."""
 
-    def sha256(self, provider: str, endpoint: str, model: str) -> str:
+    def sha256(self, provider: Provider) -> str:
         """Identity of the question: two requests with one digest get one answer."""
-        parts = [provider, endpoint, model, self.system, self.user, self.schema_name, self.schema]
+        parts = [
+            provider.name,
+            provider.endpoint,
+            provider.model,
+            self.system,
+            self.user,
+            self.schema_name,
+            self.schema,
+        ]
         parts += [self.max_output_tokens, self.template_sha256, self.turns]
+        parts += [provider.parameters] if provider.parameters else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prompt_sha256(self) -> str:
@@ -49,10 +60,14 @@ class Request:
         """Turns after the system prompt."""
         return [{"role": "user", "content": self.user}, *({"role": r, "content": c} for r, c in self.turns)]
 
-    def input_tokens_at_most(self) -> int:
-        """No tokeniser makes more tokens than bytes; the schema and the chat format are counted too."""
+    def n_bytes(self) -> int:
+        """Of all that is read: prompt, schema and earlier turns."""
         texts = [self.system, self.user, json.dumps(self.schema), *(text for _, text in self.turns)]
-        return sum(len(text.encode()) for text in texts) + 16 * (2 + len(self.turns)) + 256
+        return sum(len(text.encode()) for text in texts)
+
+    def input_tokens_at_most(self) -> int:
+        """No tokeniser makes more tokens than bytes; the chat format is counted too."""
+        return self.n_bytes() + 16 * (2 + len(self.turns)) + 256
 
     def with_room(self, max_output_tokens: int) -> Request:
         return replace(self, max_output_tokens=max_output_tokens)
@@ -94,6 +109,8 @@ class Provider(Protocol):
     model: str
     endpoint: str
     price: Price | None
+    parameters: str
+    """What else an answer depends on, where it is not the usual: part of the identity of a question."""
 
     async def complete(self, request: Request) -> Answer:
         """One attempt, within the deadline. Raises a Fault; never retries by itself."""
@@ -104,6 +121,11 @@ class Provider(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+def cache_key(request: Request) -> str:
+    """OpenAI's `prompt_cache_key`: questions that begin alike go to the machine that has the beginning."""
+    return f"autointerp-{request.template_sha256[:16]}"
 
 
 def check_provider(name: str, model: str, settings: LabelingSettings) -> None:
@@ -126,7 +148,20 @@ def make_provider(name: str, model: str, settings: LabelingSettings) -> Provider
         return AnthropicProvider(model, key, price, settings.timeout_s)
     from autointerp.labeling.llm.openai import OpenAIProvider
 
-    return OpenAIProvider(model, key, price, settings.timeout_s)
+    return OpenAIProvider(model, key, price, settings.timeout_s, settings.api)
+
+
+def batches_of(provider: Provider) -> BatchApi:
+    """The batch endpoint beside the one that answers at once."""
+    from autointerp.labeling.llm import batch_api
+    from autointerp.labeling.llm.anthropic import AnthropicProvider
+    from autointerp.labeling.llm.openai import OpenAIProvider
+
+    if isinstance(provider, AnthropicProvider):
+        return batch_api.AnthropicBatches(provider)
+    if isinstance(provider, OpenAIProvider):
+        return batch_api.OpenAIBatches(provider)
+    raise TypeError(f"{type(provider).__name__} has no batches")
 
 
 def _key(name: str) -> str:

@@ -13,15 +13,19 @@ from typing import Any, TypeVar
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 
 from autointerp.errors import ProviderError
+from autointerp.labeling.llm.concurrency import Slots
 from autointerp.labeling.llm.faults import Fault, Interrupted, Retry, RetryKind, Stop, Terminal
 from autointerp.labeling.llm.ledger import Entry, Ledger
-from autointerp.labeling.llm.limits import Limits
+from autointerp.labeling.llm.limits import Grant, Limits
 from autointerp.labeling.llm.provider import Answer, Provider, Request
 
 T = TypeVar("T")
 
 _INTERRUPTED = "interrupted: what was in flight is stored; the same command goes on from here"
-_ATTEMPTS: Mapping[RetryKind, int] = MappingProxyType({"limit": 8, "server": 6, "network": 5, "garbage": 3, "adapt": 4})
+_ATTEMPTS: Mapping[RetryKind, int] = MappingProxyType({"limit": 8, "server": 6, "network": 5, "garbage": 3, "adapt": 8})
+
+DOWN_AFTER = 5
+"""Questions in a row that were given up for server errors or lost connections."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class Retries:
     total_s: float = 900.0
 
 
+@dataclass(frozen=True)
+class _Leave:
+    """All that one attempt needs before it may go."""
+
+    entry: Entry
+    grant: Grant
+    since: int
+
+
 class Sender:
     """Sends questions to one provider until it is told to stop, by `stopping` or by the provider."""
 
@@ -48,11 +61,12 @@ class Sender:
         self._ledger = ledger
         self._limits = limits
         self._retries = retries or Retries()
-        self._slots = asyncio.Semaphore(concurrency)
-        # The first question goes alone: a wrong key costs one call, not as many as there are slots.
-        self._first = asyncio.Lock()
-        self._proven = False
+        self.slots = Slots(concurrency)
         self._stopped_by: ProviderError | None = None
+        self._unanswered = 0
+
+    async def aclose(self) -> None:
+        """Nothing outlives its question here."""
 
     async def send(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempts: Iterator[int]
@@ -77,69 +91,95 @@ class Sender:
         try:
             return await retrying(attempt)
         except Retry as fault:
+            self._gave_up(fault)
             message = f"given up after {met.total()} attempts: {fault}"
             raise Terminal(message, http_status=fault.http_status) from None
 
     async def _attempt(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int
     ) -> tuple[Answer, asyncio.Future[None]]:
-        entry, alone = await self._unless_stopped(self._admit(request))
+        leave = await self.unless_stopped(self._admit(request))
         outcome: Answer | Fault = Fault("cancelled", billable=True)
         try:
-            await self._ledger.enter(entry, sha256, latent, purpose, attempt)
+            await self._ledger.enter(leave.entry, sha256, latent, purpose, attempt)
             try:
                 outcome = await self._provider.complete(request)
             except Fault as fault:
                 outcome = fault
             finally:
-                settled = self._ledger.settle(entry, outcome)
+                settled = self._ledger.settle(leave.entry, outcome)
         finally:
-            adapting = isinstance(outcome, Retry) and outcome.kind == "adapt"
-            if isinstance(outcome, Stop):
-                self._stopped_by = self._stopped_by or ProviderError(
-                    f"{self._provider.name}:{self._provider.model} takes no more questions ({outcome}): "
-                    "mend the key, the account or the model's name; the same command goes on from here"
-                )
-            elif not adapting:
-                self._proven = True
-            if isinstance(outcome, Retry) and outcome.kind == "limit":
-                self._limits.pause(self._capped_s(outcome.wait_s))  # before the slot is free for the next
-            self._leave(alone)
+            self._learn(leave, outcome)
+            self.slots.release()
         if isinstance(outcome, Answer):
             return outcome, settled
         await settled
-        if adapting:
-            self._provider.adapt(str(outcome))
         if self._stopped_by and isinstance(outcome, Stop):
             raise self._stopped_by
         raise outcome
 
-    async def _admit(self, request: Request) -> tuple[Entry, bool]:
-        """(reservation, whether we go alone). Holds a slot, until `_leave`."""
-        await self._slots.acquire()
-        alone = False
+    async def _admit(self, request: Request) -> _Leave:
+        """Takes a slot, sets the money aside, waits for the limits. The slot is to be released."""
+        since = await self.slots.acquire()
+        entry: Entry | None = None
         try:
-            if not self._proven:
-                await self._first.acquire()
-                alone = not self._proven
-                if not alone:
-                    self._first.release()
-            if self._stopped_by:
-                raise self._stopped_by
-            await self._limits.admit(request.input_tokens_at_most() // 3 + request.max_output_tokens)
-            if self._stopped_by:
-                raise self._stopped_by
-            return await self._ledger.reserve(request), alone
+            self._raise_stop()
+            entry = await self._ledger.reserve(request)
+            grant = await self._limits.admit(request)
+            self._raise_stop()
+            return _Leave(entry, grant, since)
         except BaseException:
-            self._leave(alone)
+            if entry is not None:
+                self._ledger.free(entry)
+            self.slots.release()
             raise
 
-    def _leave(self, alone: bool) -> None:
-        if alone:
-            self._first.release()
-        self._slots.release()
+    def _learn(self, leave: _Leave, outcome: Answer | Fault) -> None:
+        """What this outcome says of all others. Comes before the slot is free for the next of them."""
+        used: tuple[int | None, int | None]
+        if isinstance(outcome, Answer):
+            used = outcome.input_tokens, outcome.output_tokens
+        else:
+            used = (None, None) if outcome.billable else (0, 0)
+        self._limits.settle(leave.grant, *used)
+        if isinstance(outcome, Stop):
+            self._stop_by(outcome)
+            return
+        if isinstance(outcome, Retry) and outcome.kind == "adapt":
+            self._provider.adapt(str(outcome))
+            return
+        if isinstance(outcome, Retry) and outcome.kind == "limit":
+            self._limits.pause(self._capped_s(outcome.wait_s))
+            self.slots.limited(leave.since)
+        elif isinstance(outcome, Answer | Terminal):
+            self.slots.answered()
+            self._unanswered = 0
+        else:
+            self.slots.troubled()
+        self.slots.proven()
 
-    async def _unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
+    def _gave_up(self, fault: Retry) -> None:
+        """One question got no answer. When many in a row did not, there is nobody to answer."""
+        if fault.kind not in ("server", "network"):
+            return
+        self._unanswered += 1
+        if self._unanswered >= DOWN_AFTER:
+            self._stopped_by = self._stopped_by or ProviderError(
+                f"{self._provider.name}:{self._provider.model} is down ({self._unanswered} questions given up, "
+                f"the last for: {fault}): the same command goes on from here"
+            )
+
+    def _stop_by(self, outcome: Stop) -> None:
+        self._stopped_by = self._stopped_by or ProviderError(
+            f"{self._provider.name}:{self._provider.model} takes no more questions ({outcome}): "
+            "mend the key, the account or the model's name; the same command goes on from here"
+        )
+
+    def _raise_stop(self) -> None:
+        if self._stopped_by:
+            raise self._stopped_by
+
+    async def unless_stopped(self, waiting: Coroutine[Any, Any, T]) -> T:
         """The result of `waiting`, which is given up when `stopping` is set first."""
         if self.stopping.is_set():
             waiting.close()
@@ -157,7 +197,7 @@ class Sender:
         return task.result()
 
     async def _sleep(self, seconds: float) -> None:
-        await self._unless_stopped(asyncio.sleep(seconds))
+        await self.unless_stopped(asyncio.sleep(seconds))
 
     def _wait_s(self, state: RetryCallState) -> float:
         fault = _fault(state)

@@ -1,0 +1,191 @@
+"""Tokens per minute, and the number of calls in flight that adapts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from autointerp.labeling.llm.concurrency import CUT, FIRST, Slots
+from autointerp.labeling.llm.limits import Limits, TokenWindow
+from autointerp.labeling.llm.sending import Retries
+
+from .harness import bench, question, says, word
+from .server import Fault, error
+
+GOOD = json.dumps({"word": "yes"})
+
+
+def test_no_window_of_any_length_holds_more_than_the_limit(monkeypatch: pytest.MonkeyPatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    draw, window = random.Random(0), TokenWindow(100, 60.0)
+    sent: list[list[float]] = []
+    while clock[0] < 1600:
+        tokens = draw.randrange(1, 60)
+        while (wait_s := window.wait_s(tokens)) > 0:
+            clock[0] += wait_s
+        share = window.take(tokens)
+        used = draw.randrange(0, tokens + 1)
+        window.settle(share, used)
+        sent.append([clock[0], used])
+        clock[0] += draw.random()
+    for start, _ in sent:
+        assert sum(n for at, n in sent if start <= at < start + 59.999) <= 100
+    # Nor is it left unused: it is what is settled that counts, not what was set aside.
+    assert sum(n for _, n in sent) > 0.7 * 100 * 10
+
+
+def test_input_and_output_have_limits_of_their_own_and_a_large_question_still_goes():
+    async def run(limits: Limits, *calls: tuple[int, int], settled: tuple[int, int] | None = None) -> float:
+        began = time.monotonic()
+        for read, wrote in calls:
+            grant = await limits.admit_tokens(read, wrote)
+            if settled:
+                limits.settle(grant, *settled)
+        return time.monotonic() - began
+
+    def timed(*calls: tuple[int, int], settled: tuple[int, int] | None = None, **limits: int) -> float:
+        return asyncio.run(run(Limits(**limits, period_s=0.3), *calls, settled=settled))  # type: ignore[arg-type]
+
+    assert timed((100, 5), (900, 5), itpm=100) >= 0.3, "above the whole limit: alone in its window"
+    assert timed((100, 5), (100, 5), otpm=10) < 0.2
+    assert timed((5, 100), (5, 100), otpm=100, itpm=100) >= 0.3
+    assert timed((50, 50), (5, 5), tpm=100) >= 0.3
+    assert timed((100, 50), (100, 50), (100, 50), itpm=125, settled=(10, 5)) < 0.2, "settled for less"
+
+
+def test_what_a_question_takes_is_learnt_from_the_answers(tmp_path: Path):
+    async def run():
+        # The server counts 1 token per 4 bytes and adds no schema; we begin at 1 per 3 bytes of all that is sent.
+        limits = Limits(itpm=100_000)
+        async with bench(tmp_path, respond=says(GOOD), limits=limits, concurrency=1) as b:
+            reserved = []
+            for i in range(12):
+                before = limits._windows["input"]._sum
+                grant = await limits.admit(question(i))
+                reserved.append(grant.shares["input"].tokens)
+                limits.settle(grant, 0, 0)
+                assert limits._windows["input"]._sum == before
+                await b.engine.ask(question(i), word, latent=i, purpose="label")
+            used = b.calls()[-1]["input_tokens"]
+            assert abs(reserved[-1] - used) < 0.5 * abs(reserved[0] - used)
+            assert reserved[-1] >= used
+            assert limits._windows["input"]._sum == b.server.bill.input_tokens
+
+    asyncio.run(run())
+
+
+def test_one_goes_alone_and_then_the_number_doubles_while_nobody_objects():
+    async def run():
+        slots = Slots(100, ramp_s=0.01)
+        waiting = [asyncio.create_task(slots.acquire()) for _ in range(200)]
+        await asyncio.sleep(0.05)
+        assert slots.in_use == 1, "not before the provider has taken one"
+        slots.proven()
+        await asyncio.sleep(0)
+        assert slots.in_use == FIRST
+        await asyncio.sleep(0.1)
+        assert (slots.in_use, slots.limit) == (100, 100)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert slots.in_use == 100
+
+    asyncio.run(run())
+
+
+def test_a_429_cuts_once_for_all_that_were_in_flight_and_growth_follows_clean_full_rounds():
+    async def run():
+        slots = Slots(1000, ramp_s=10)
+        slots.proven()
+        slots.limit = 100.0
+        since = [await slots.acquire() for _ in range(100)]
+        for sent in since[:30]:
+            slots.limited(sent)
+            slots.release()
+        assert slots.limit == 100 * CUT, "thirty refusals of one burst are one cut"
+        sent = await slots.acquire()
+        slots.limited(sent)
+        slots.release()
+        assert slots.limit == 100 * CUT * CUT, "one that was sent after the cut is another"
+
+        async def round_of_answers(n: int) -> None:
+            for _ in range(n):
+                await slots.acquire()
+                slots.answered()
+                slots.release()
+
+        while slots.in_use:
+            slots.release()
+        await round_of_answers(192)
+        assert slots.limit == 64, "never full: no reason to grow"
+        queue = [asyncio.create_task(slots.acquire()) for _ in range(70)]
+        await asyncio.sleep(0)
+        for _ in range(63):
+            slots.answered()
+        slots.troubled()
+        slots.answered()
+        assert slots.limit == 64, "not a clean round"
+        for _ in range(63):
+            slots.answered()
+        assert slots.limit == pytest.approx(64 * 1.05)
+        await asyncio.gather(*queue[:67])
+        for task in queue:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_server_error_stops_the_slow_start_until_the_next_good_answer():
+    async def run():
+        slots = Slots(64, ramp_s=0.005)
+        queue = [asyncio.create_task(slots.acquire()) for _ in range(64)]
+        slots.proven()
+        slots.troubled()
+        await asyncio.sleep(0.05)
+        assert slots.in_use == FIRST
+        slots.answered()
+        await asyncio.sleep(0.05)
+        assert slots.in_use == 64
+        await asyncio.gather(*queue)
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_wait_gives_its_turn_to_the_next():
+    async def run():
+        slots = Slots(1)
+        await slots.acquire()
+        first, second = (asyncio.create_task(slots.acquire()) for _ in range(2))
+        await asyncio.sleep(0)
+        slots.release()  # hands over to the first, which does not know yet
+        first.cancel()
+        await asyncio.wait_for(second, 1)
+        assert slots.in_use == 1
+
+    asyncio.run(run())
+
+
+def test_a_server_with_room_for_few_is_found_out(tmp_path: Path):
+    """A server that refuses what exceeds 6 in flight: few refusals, all answered."""
+
+    async def run():
+        def refuse() -> Fault | None:
+            return error(429, "too many", retry_after_ms="1") if b.server.busy > 6 else None
+
+        retries = Retries(first_wait_s=0.002, longest_wait_s=0.01)
+        async with bench(tmp_path, respond=says(GOOD), latency_s=0.03, concurrency=64, retries=retries) as b:
+            b.server.choose = refuse
+            asks = (b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(120))
+            assert {reply.value for reply in await asyncio.gather(*asks)} == {"yes"}
+            assert 6 <= b.engine.slots.limit <= 16
+            refused = b.statuses().count("error")
+            assert 0 < refused < 120
+            assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
+
+    asyncio.run(run())
