@@ -85,7 +85,7 @@ def test_all_of_them_as_second_opinions(copied: World, shell: Shell, use: Any) -
         assert shell(*words, "--all").status == 0
         rows = [tuple(row.values()) for row in read(copied.db, LABELS)]
         assert rows == [(ANTHROPIC, "ok", K), (OPENAI, "ok", K)]
-        assert plan["calls"] == len(server.requests) == len(read(copied.db, "SELECT 1 FROM calls"))
+        assert plan["calls"] >= len(server.requests) == len(read(copied.db, "SELECT 1 FROM calls"))
         assert plan["usd_low"] <= server.server.bill.usd <= plan["usd_high"]
         scores = read(copied.db, "SELECT labeler, count(*) AS n FROM scores WHERE scorer = 'detection' GROUP BY 1")
         assert sorted(row["n"] for row in scores) == [K, K]

@@ -284,7 +284,9 @@ def test_in_batches_the_same_labels_cost_half(
         plan = json.loads(shell(*copied.args(labeler=MODELS[provider], batch=True, dry_run=True, json=True)).out)
         assert shell(*copied.args(labeler=MODELS[provider], batch=True)).status == 0
         assert len(server.requests) == n
-        assert {request["batch"] for request in server.requests} == {"batch_0", "batch_1"}, "labels, then scores"
+        assert all("batch" in request for request in server.requests)
+        labelled = [request["batch"] for request in server.requests][:K]
+        assert set(labelled) == {"batch_0"}, "all labels in one; scores as far as each is still to be decided"
         assert server.server.bill.usd == pytest.approx(full / 2)
         assert plan["usd_low"] <= server.server.bill.usd <= plan["usd_high"]
         spent = read(copied.db, "SELECT sum(usd) AS usd FROM calls")
