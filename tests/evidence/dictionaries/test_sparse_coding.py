@@ -38,6 +38,7 @@ def foreign() -> Iterator[dict[str, type]]:
     """Classes of the names that sparse_coding pickles, there while a file is written and gone when it is read."""
     made: dict[str, type] = {}
     before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "autoencoders"}
+    sys.modules.setdefault("autoencoders", types.ModuleType("autoencoders"))
     for name in (*FIELDS, "learned_dict.ReverseSAE"):
         module, kind = name.split(".")
         holder = sys.modules.setdefault(f"autoencoders.{module}", types.ModuleType(f"autoencoders.{module}"))
