@@ -17,11 +17,24 @@ from autointerp.evidence.corpus import context_split
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.foils import Partners, near_misses
 from autointerp.evidence.spool import Spool
-from autointerp.evidence.survey import AFTER, BEFORE, MIN_SILENT, SPLITS, Pick, Survey, activations, silent_for, survey
+from autointerp.evidence.survey import (
+    AFTER,
+    BEFORE,
+    MIN_SILENT,
+    SPLITS,
+    Pick,
+    Survey,
+    activations,
+    base_peaks,
+    silent_for,
+    survey,
+)
 from autointerp.records import Context, ContextKind
 
 GROUP = 16
 """Latents whose contexts are read together."""
+PARTNER_TOKENS = 200_000
+"""Tokens searched for near misses where another latent fires: a few of the strongest are wanted, not the strongest."""
 PER_SPLIT: dict[ContextKind, int] = {"top": 10, "top_base": 5, "gain": 5, "loss": 5, "quantile": 20, "silent": 20}
 """Contexts of each kind in each split."""
 
@@ -90,7 +103,9 @@ async def collect(
         return
     partnered = partnered or {}
     others = {p for mine in partnered.values() for p in mine.values()} - set(latents)
-    found = await asyncio.to_thread(survey, spool, dictionary, [*latents, *sorted(others)])
+    found = await asyncio.to_thread(survey, spool, dictionary, latents)
+    strengths = await asyncio.to_thread(base_peaks, spool, dictionary, sorted(others), PARTNER_TOKENS)
+    strengths |= {latent: found.base[:, at] for at, latent in enumerate(latents)}
     orders = spool.orders
     for first in range(0, len(latents), GROUP):
         group = range(first, min(first + GROUP, len(latents)))
@@ -98,7 +113,9 @@ async def collect(
         contexts = await asyncio.to_thread(_read, spool, dictionary, found.latents, picks, decode)
         mine = {latents[at]: contexts[at] for at in group}
         ranked = {latents[at]: [pick for _, pick in _ranked(picks[at])] for at in group}
-        near = await asyncio.to_thread(near_misses, spool, dictionary, found, ranked, mine, partnered, decode, seed)
+        near = await asyncio.to_thread(
+            near_misses, spool, dictionary, found, strengths, ranked, mine, partnered, decode, seed
+        )
         yield {latent: [*mine[latent], *near[latent]] for latent in mine}
 
 

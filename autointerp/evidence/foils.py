@@ -75,6 +75,7 @@ def near_misses(
     spool: Spool,
     dictionary: Dictionary,
     found: Survey,
+    strengths: Mapping[int, np.ndarray],
     picks: Mapping[int, Sequence[Pick]],
     contexts: Mapping[int, Sequence[Context]],
     partnered: Mapping[int, Partners],
@@ -83,14 +84,15 @@ def near_misses(
 ) -> dict[int, list[Context]]:
     """The near misses of a group of latents; each of their sequences is read once.
 
-    found: survey of the latents and of their partners. picks, contexts: what was collected of each latent of the group,
+    found: survey of the latents. strengths: largest base activation of each of them and of their partners in each
+    sequence [S], −inf where it was not looked for. picks, contexts: what was collected of each latent of the group,
     in the same order.
     """
     columns = {latent: at for at, latent in enumerate(found.latents)}
     wanted: dict[int, list[Candidate]] = {}
     for latent, mine in picks.items():
         pairs = list(zip(mine, contexts[latent], strict=True))
-        wanted[latent] = _candidates(spool, found, columns, latent, pairs, partnered.get(latent, {}), seed)
+        wanted[latent] = _candidates(spool, found, strengths, columns, latent, pairs, partnered.get(latent, {}), seed)
     everything = [candidate for candidates in wanted.values() for candidate in candidates]
     shown = sorted({*picks, *(c.partner for c in everything if c.partner is not None)})
     codes = _codes(spool, dictionary, shown, sorted({candidate.sequence for candidate in everything}))
@@ -104,6 +106,7 @@ def near_misses(
 def _candidates(
     spool: Spool,
     found: Survey,
+    strengths: Mapping[int, np.ndarray],
     columns: Mapping[int, int],
     latent: int,
     pairs: Sequence[tuple[Pick, Context]],
@@ -124,7 +127,7 @@ def _candidates(
             for token in _peak_tokens(spool, [pair for pair in pairs if pair[0].split == split])
         ]
         for foil, other in partner.items():
-            strength = found.base[:, columns[other]]
+            strength = strengths[other]
             strongest = np.argsort(-strength, kind="stable")[: int((strength > 0).sum())]
             places.append((foil, strongest, None, other))
         for foil, ranked, token, other in places:

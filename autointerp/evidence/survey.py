@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -77,6 +78,22 @@ def survey(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) -> Surv
     in_order(look, lambda _: None, range(at_once(columns.device)), spool.stretches(STRETCH))
     base, adapted, gain, loss = peaks
     return Survey(list(latents), base, adapted, gain, loss, silence)
+
+
+def base_peaks(spool: Spool, dictionary: Dictionary, latents: Sequence[int], tokens: int) -> dict[int, np.ndarray]:
+    """Largest z_base of each sequence [S] for each latent, −inf beyond the first `tokens` tokens of the spool: a sample,
+    since documents are in shuffled order."""
+    columns = torch.as_tensor(list(latents), dtype=torch.long, device=dictionary.W_dec.device)
+    peaks = np.full((len(spool), len(latents)), -np.inf, dtype=np.float32)
+
+    def look(_hand: int, stretch: Stretch) -> None:
+        base = activations(stretch.x_base, stretch.counted, dictionary, columns)
+        base[~stretch.counted] = -np.inf
+        peaks[stretch.sequences] = np.maximum.reduceat(base, stretch.bounds[:-1], axis=0)
+
+    part = islice(spool.stretches(STRETCH), max(1, tokens // STRETCH))
+    in_order(look, lambda _: None, range(at_once(columns.device)), part if latents else ())
+    return {latent: peaks[:, at] for at, latent in enumerate(latents)}
 
 
 def silent_for(fires: np.ndarray, bounds: np.ndarray) -> np.ndarray:
