@@ -81,8 +81,8 @@ def survey(spool: Spool, dictionary: Dictionary, latents: Sequence[int]) -> Surv
 
 
 def base_peaks(spool: Spool, dictionary: Dictionary, latents: Sequence[int], tokens: int) -> dict[int, np.ndarray]:
-    """Largest z_base of each sequence [S] for each latent, −inf beyond the first `tokens` tokens of the spool: a sample,
-    since documents are in shuffled order."""
+    """Largest z_base of each sequence [S] for each latent, −inf beyond the first `tokens` tokens of the spool, which
+    are a sample: documents are in shuffled order."""
     columns = torch.as_tensor(list(latents), dtype=torch.long, device=dictionary.W_dec.device)
     peaks = np.full((len(spool), len(latents)), -np.inf, dtype=np.float32)
 
