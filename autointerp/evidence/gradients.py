@@ -7,17 +7,15 @@ is L(x_adapted) − L(x_base) up to third order (the midpoint rule; attribution 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
+from autointerp.evidence.at_hook import patched
 from autointerp.evidence.corpus import by_length
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.paired import PairedModel
@@ -161,24 +159,5 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 def logits_with(model: PairedModel, ids: Tensor, x: Tensor) -> Tensor:
     """Next-token logits [b, t, vocabulary] of the base model with x [b, t, d] in place of what is at the hook."""
-    with model.pair.base() as base, _replaced(model, base, x):
+    with model.pair.base() as base, patched(base, model.hook, lambda _: x):
         return base(ids.to(model.device), use_cache=False).logits
-
-
-@contextmanager
-def _replaced(model: PairedModel, base: PreTrainedModel, x: Tensor) -> Iterator[None]:
-    def at_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
-
-    def at_output(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return type(output)((x, *output[1:])) if isinstance(output, tuple | list) else x
-
-    module = base.get_submodule(model.hook.module_path)
-    if model.hook.where == "input":
-        handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(at_output)
-    try:
-        yield
-    finally:
-        handle.remove()

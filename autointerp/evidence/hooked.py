@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from autointerp.errors import InputError
+from autointerp.evidence.at_hook import at_input, at_output
 from autointerp.evidence.hookpoints import MID, HookPoint, Layout
 from autointerp.evidence.model_pair import Evaluation, ModelPair
 
@@ -90,12 +91,12 @@ def insert(model: PreTrainedModel, insertion: Insertion, layout: Layout | None =
     """Puts a function into the model until the handle's `remove` is called. InputError where it never fits."""
     point, function, layout = insertion.point, insertion.function, layout or Layout.of(model)
     if point.where == "output":
-        return model.get_submodule(point.module_path).register_forward_hook(_at_output(function))
+        return model.get_submodule(point.module_path).register_forward_hook(at_output(function))
     if point.module_path == f"{layout.blocks}.{point.layer}":
         if point.layer > 0:  # the stream between two blocks is one place, whichever of its names was given
-            return model.get_submodule(f"{layout.blocks}.{point.layer - 1}").register_forward_hook(_at_output(function))
+            return model.get_submodule(f"{layout.blocks}.{point.layer - 1}").register_forward_hook(at_output(function))
         block = model.get_submodule(point.module_path)
-        return block.register_forward_pre_hook(_at_input(function), with_kwargs=True)
+        return block.register_forward_pre_hook(at_input(function), with_kwargs=True)
     norm = model.get_submodule(point.module_path)
     return norm.register_forward_pre_hook(_in_place(function), with_kwargs=True)
 
@@ -120,24 +121,6 @@ def _place(point: HookPoint, model: PreTrainedModel, layout: Layout) -> str:
     if point.layer > 0:
         return f"{layout.blocks}.{point.layer - 1}"
     return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-
-
-def _at_output(function: HookFunction) -> Callable[..., Any]:
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, tuple | list):
-            return type(output)((function(output[0]), *output[1:]))
-        return function(output)
-
-    return hook
-
-
-def _at_input(function: HookFunction) -> Callable[..., Any]:
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            return (function(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": function(kwargs["hidden_states"])}
-
-    return hook
 
 
 def _in_place(function: HookFunction) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ causal model the padding only follows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from autointerp.errors import InputError
 from autointerp.evidence import adapters
+from autointerp.evidence.at_hook import patched
 from autointerp.evidence.dictionaries import Dictionary
 from autointerp.evidence.hookpoints import HookPoint, resolve
 from autointerp.evidence.loading import load_config, load_tokenizer
@@ -146,7 +147,7 @@ class PairedModel:
         with self.pair.base() if side == "base" else self.pair.adapted() as model:
             n = 0 if self._acts_below(model) else max(self.hook.layer, 0)
             start = nullcontext() if below is None else self._passed_over(model, n, below)
-            with self._kept(model, n) as kept, start, self._patched(model, patch):
+            with self._kept(model, n) as kept, start, patched(model, self.hook, patch):
                 logits = model(ids, use_cache=False).logits
         return logits[..., : self.vocab_size], kept.get("block")
 
@@ -194,47 +195,12 @@ class PairedModel:
         """Records what is at the hook and stops there."""
         seen: list[Tensor] = []
 
-        def stop_with(value: Any) -> None:
-            seen.append(value[0] if isinstance(value, tuple | list) else value)
+        def stop(x: Tensor) -> Tensor:
+            seen.append(x)
             raise _Reached
 
-        def at_input(_module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-            stop_with(args[0] if args else kwargs["hidden_states"])
-
-        def at_output(_module: nn.Module, _args: Sequence[Any], output: Any) -> None:
-            stop_with(output)
-
-        module = model.get_submodule(self.hook.module_path)
-        if self.hook.where == "input":
-            handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(at_output)
-        try:
+        with patched(model, self.hook, stop):
             yield seen
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _patched(self, model: PreTrainedModel, patch: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """What is at the hook is replaced by `patch` of it."""
-
-        def at_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (patch(args[0]), *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": patch(kwargs["hidden_states"])}
-
-        def at_output(_module: nn.Module, _args: Sequence[Any], output: Any) -> Any:
-            return type(output)((patch(output[0]), *output[1:])) if isinstance(output, tuple | list) else patch(output)
-
-        module = model.get_submodule(self.hook.module_path)
-        if self.hook.where == "input":
-            handle = module.register_forward_pre_hook(at_input, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(at_output)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def _kept(self, model: PreTrainedModel, n_blocks: int) -> Iterator[dict[str, Any]]:
