@@ -10,35 +10,24 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from autointerp.labeling.base import SCORERS
-from autointerp.labeling.llm.provider import Request
-from autointerp.labeling.prompts import Prompts, mark, quote
-from autointerp.labeling.scoring.judged import JudgedScorer
-from autointerp.labeling.scoring.verdicts import (
-    MAX_OUTPUT_TOKENS,
-    Example,
-    deal,
-    measure_verdicts,
-    parse_verdicts,
-    verdict_schema,
-)
+from autointerp.labeling.prompts import mark
+from autointerp.labeling.scoring.verdicts import Example, VerdictScorer, deal
 from autointerp.labeling.windows import Window, firing_windows, near_misses
-from autointerp.records import Label, LatentEvidence
+from autointerp.records import LatentEvidence
 
 N_EACH = 20
 N_TOP = 4
 
 
 @SCORERS.register("fuzzing")
-class FuzzingScorer(JudgedScorer[Example, bool]):
+class FuzzingScorer(VerdictScorer):
     """Balanced accuracy of the judge over windows with right and with wrong marks."""
 
     name = "fuzzing"
-    per_call = 5
-    per_look = 10
-    typical_output_tokens = 18
+    template = "fuzz"
+    answer = "right"
 
     @staticmethod
     def examples(evidence: LatentEvidence, seed: int) -> list[Example]:
@@ -53,23 +42,6 @@ class FuzzingScorer(JudgedScorer[Example, bool]):
         ]
         wrong = [example for pair in itertools.zip_longest(moved, misses) for example in pair if example][:N_EACH]
         return deal(right, wrong, FuzzingScorer.per_look, f"{seed} {evidence.latent}")
-
-    @staticmethod
-    def request(prompts: Prompts, label: Label, batch: Sequence[Example]) -> Request:
-        prompt = prompts.render(
-            "fuzz",
-            label=quote(label.label or ""),
-            explanation=quote(label.explanation or ""),
-            windows=[example.text for example in batch],
-        )
-        schema = verdict_schema("right")
-        return Request(prompt.system, prompt.user, "verdicts", schema, MAX_OUTPUT_TOKENS, prompt.template_sha256)
-
-    @staticmethod
-    def parse(answer: dict[str, Any], batch: Sequence[Example]) -> list[bool | None]:
-        return parse_verdicts(answer, "right")
-
-    measure = staticmethod(measure_verdicts)
 
 
 def mark_others(window: Window, draw: random.Random) -> str | None:

@@ -1,13 +1,17 @@
-"""Examples about which a judge says yes or no, and the reading of such answers."""
+"""Scorers whose judge says yes or no about each of a few windows: the question, the reading, the measure."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from autointerp.labeling.llm.provider import Request
+from autointerp.labeling.prompts import Prompts, quote
 from autointerp.labeling.scoring.intervals import Estimate, balanced_accuracy
+from autointerp.labeling.scoring.judged import JudgedScorer
+from autointerp.records import Label
 
 T = TypeVar("T")
 
@@ -56,3 +60,31 @@ def deal(positive: Sequence[T], negative: Sequence[T], per_look: int, key: str) 
 def measure_verdicts(examples: Sequence[Example], answers: Sequence[bool | None], z: float) -> Estimate | None:
     """Balanced accuracy over the answered examples."""
     return balanced_accuracy([example.truth for example in examples], answers, z)
+
+
+class VerdictScorer(JudgedScorer[Example, bool]):
+    """Balanced accuracy of a judge who sees the label and windows. What is asked of a window is the template's."""
+
+    template: ClassVar[str]
+    answer: ClassVar[str]
+    """Key of the list of 0 and 1 in the judge's answer."""
+    per_call = 5
+    per_look = 10
+    typical_output_tokens = 18
+
+    @classmethod
+    def request(cls, prompts: Prompts, label: Label, batch: Sequence[Example]) -> Request:
+        prompt = prompts.render(
+            cls.template,
+            label=quote(label.label or ""),
+            explanation=quote(label.explanation or ""),
+            windows=[example.text for example in batch],
+        )
+        schema = verdict_schema(cls.answer)
+        return Request(prompt.system, prompt.user, "verdicts", schema, MAX_OUTPUT_TOKENS, prompt.template_sha256)
+
+    @classmethod
+    def parse(cls, answer: dict[str, Any], batch: Sequence[Example]) -> list[bool | None]:
+        return parse_verdicts(answer, cls.answer)
+
+    measure = staticmethod(measure_verdicts)
