@@ -104,13 +104,7 @@ class HeldOut:
 
     def batch(self, group: Sequence[int]) -> HeldBatch:
         """These sequences, right-padded."""
-        n_bos = len(self.bos)
-        texts = [np.concatenate([self.bos, self.spool.ids(s)]) for s in group]
-        ids = torch.zeros(len(group), max(len(text) for text in texts), dtype=torch.long)
-        counted = torch.zeros_like(ids, dtype=torch.bool)
-        for row, (s, text) in enumerate(zip(group, texts, strict=True)):
-            ids[row, : len(text)] = torch.from_numpy(text.astype(np.int64))
-            counted[row, n_bos : len(text)] = torch.from_numpy(self.spool.counted(s))
+        ids, counted = self.spool.padded(group, self.bos)
         return HeldBatch(ids, counted, np.array([self.spool.place(s)[1] for s in group]))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from autointerp.errors import InputError
 from autointerp.evidence.documents import DocumentSource, open_corpus
@@ -315,6 +316,14 @@ def _cut(parts: Iterable[NDArray[np.int64]], piece: int) -> Iterator[tuple[int, 
         start, left = start + whole, left[whole:]
     if len(left):
         yield start, left
+
+
+def right_padded(texts: Sequence[np.ndarray]) -> Tensor:
+    """Ids of texts as one [b, t] int64; zeros after the end of the shorter ones, which no causal model looks at."""
+    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = torch.from_numpy(text.astype(np.int64))
+    return ids
 
 
 def by_length(rows: Iterable[T], length: Callable[[T], int], limit: int) -> list[list[T]]:

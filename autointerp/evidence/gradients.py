@@ -115,13 +115,7 @@ def _priced(
     model: PairedModel, dictionary: Dictionary, spool: Spool, bos: np.ndarray, sequences: np.ndarray
 ) -> PricedBatch:
     """One batch of the spool's sequences, its counted tokens alone."""
-    stretch = spool.read(sequences)
-    texts = [np.concatenate([bos, spool.ids(s)]).astype(np.int64) for s in sequences.tolist()]
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    counted = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (text, begin, end) in enumerate(zip(texts, stretch.bounds[:-1], stretch.bounds[1:], strict=True)):
-        ids[row, : len(text)] = torch.from_numpy(text)
-        counted[row, len(bos) : len(text)] = torch.from_numpy(stretch.counted[begin:end].copy())
+    ids, counted = spool.padded(sequences.tolist(), bos)
     gradient, x_base, x_adapted, kl = loss_gradient(model, ids, counted)
     at = counted.to(x_base.device)
     x_base, x_adapted = x_base[at].float(), x_adapted[at].float()

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from autointerp.evidence.corpus import by_length
+from autointerp.evidence.corpus import by_length, right_padded
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import in_order, tokens_per_batch
 from autointerp.evidence.spool import Spool
@@ -57,12 +57,10 @@ class Predictor:
         places = self._starts[context.doc]
         start, sequence = places[bisect.bisect_right(places, (context.position, len(self.spool))) - 1]
         text = self.spool.ids(sequence)[: context.position - start + 1]
-        return np.concatenate([self.bos, text]).astype(np.int64)
+        return np.concatenate([self.bos, text])
 
     def _at(self, model: PairedModel, batch: list[Peak]) -> list[Prediction]:
-        ids = torch.zeros(len(batch), max(len(text) for _, text in batch), dtype=torch.long)
-        for row, (_, text) in zip(ids, batch, strict=True):
-            row[: len(text)] = torch.from_numpy(text)
+        ids = right_padded([text for _, text in batch])
         last = torch.tensor([len(text) - 1 for _, text in batch])
         tops = [logits.float().softmax(-1).topk(N_TOKENS) for logits in model.logits(ids, last)]
         return [

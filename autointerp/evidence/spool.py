@@ -12,7 +12,7 @@ import io
 import tempfile
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from autointerp.errors import AutointerpError, InputError
+from autointerp.evidence.corpus import right_padded
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,16 @@ class Spool:
             if not n:
                 raise AutointerpError("the temporary file of the residual stream was cut short: run it again")
             buffer = buffer[n:]
+
+    def padded(self, sequences: Sequence[int], bos: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(ids, whether each position is counted), each [b, t], of these sequences as the models read them: `bos`, none
+        or one, before each, and right-padded."""
+        ids = right_padded([np.concatenate([bos, self.ids(s)]) for s in sequences])
+        counted = torch.zeros_like(ids, dtype=torch.bool)
+        for row, s in zip(counted, sequences, strict=True):
+            mine = self.counted(s)
+            row[len(bos) : len(bos) + len(mine)] = torch.from_numpy(mine)
+        return ids, counted
 
     def stretches(self, tokens: int = 8192) -> Iterator[Stretch]:
         """The whole spool in order, about `tokens` tokens at a time."""

@@ -135,13 +135,7 @@ class OpenAIBatches:
     async def _text(self, ask: Callable[[], Awaitable[Any]]) -> str:
         import openai
 
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                raw = await ask()
-                return raw.text
-        except Exception as error:
-            fault = from_sdk(openai, error, (), self._provider.key)
-        raise fault
+        return await _text_of(ask, openai, self._provider.key)
 
 
 class AnthropicBatches:
@@ -199,13 +193,18 @@ class AnthropicBatches:
     async def _text(self, ask: Callable[[], Awaitable[Any]]) -> str:
         import anthropic
 
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                raw = await ask()
-                return raw.text if isinstance(raw.text, str) else await raw.text()
-        except Exception as error:
-            fault = from_sdk(anthropic, error, (), self._provider.key)
-        raise fault
+        return await _text_of(ask, anthropic, self._provider.key)
+
+
+async def _text_of(ask: Callable[[], Awaitable[Any]], sdk: Any, key: str) -> str:
+    """The body of one answer; what went wrong is raised as a Fault without context, which would hold the key."""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            raw = await ask()
+            return raw.text if isinstance(raw.text, str) else await raw.text()
+    except Exception as error:
+        fault = from_sdk(sdk, error, (), key)
+    raise fault
 
 
 def decode_error(error: Any) -> str:
