@@ -10,24 +10,21 @@ and false discovery proportion, the median over seeds and, in brackets, the wors
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from autointerp.demo import ORGANISM
 from autointerp.evidence import change_map
 from autointerp.evidence.change_map import GainTest, Moments, RowTest
 from autointerp.evidence.corpus import fit_rows
 from autointerp.evidence.fitted import MIN_FIRINGS
 from autointerp.evidence.statistics import N_DECOYS, N_PLACES, decoy_signs
-from autointerp.run import Run
-from tests.planted.recording import Recording, record
+from benchmarks.planting import publish, recorded
+from tests.planted.recording import Recording
 
 GAINS = (0.0, 0.1, 0.25, 0.5, -1.0)
 N_PLANTED = 20
@@ -136,17 +133,7 @@ def _cell(scores: list[tuple[float, float, int]], gain: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, default=ORGANISM, help="a run directory (default: the demo's)")
-    for key in ("base", "adapter", "sae", "corpus"):
-        parser.add_argument(f"--{key}", help="where the run directory does not name it")
-    parser.add_argument("--tokens", type=int, default=90_000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--write", type=Path, help="a Markdown file for the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    given = {key: getattr(args, key) for key in ("base", "adapter", "sae", "corpus") if getattr(args, key)}
-    recording = record(Run.load(args.run, device="cpu", **given), args.tokens)
+    args, recording = recorded(__doc__, tokens=90_000, seeds=3)
     n_docs = len(np.unique(recording.order))
     text = f"""# Decoys
 
@@ -158,10 +145,7 @@ rate each, the rows that pass the first taken out before the second.
 {table(recording, args.seeds)}
 """
     recording.measured.spool.close()
-    print(text)
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(text)
+    publish(text, args.write)
 
 
 if __name__ == "__main__":

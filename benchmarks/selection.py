@@ -10,23 +10,19 @@ the worst.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
 
-from autointerp.demo import ORGANISM
 from autointerp.evidence.extras import DocumentSums, Extra, ScalingSums
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.selection import SELECTORS, Question
 from autointerp.evidence.statistics import PairedCodes
-from autointerp.run import Run
-from tests.planted.recording import Recording, record
+from benchmarks.planting import publish, recorded
+from tests.planted.recording import Recording
 from tests.planted.truths import N_PLANTED, false_share, gained, paired, planted, recovered
 
 LEVEL = 0.05
@@ -176,17 +172,7 @@ def goals(cells: dict[tuple[str, bool], dict[str, Scores]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, default=ORGANISM, help="a run directory (default: the demo's)")
-    for key in ("base", "adapter", "sae", "corpus"):
-        parser.add_argument(f"--{key}", help="where the run directory does not name it")
-    parser.add_argument("--tokens", type=int, default=60_000)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--write", type=Path, help="a Markdown file for the table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    given = {key: getattr(args, key) for key in ("base", "adapter", "sae", "corpus") if getattr(args, key)}
-    recording = record(Run.load(args.run, device="cpu", **given), args.tokens)
+    args, recording = recorded(__doc__, tokens=60_000, seeds=5)
     n_docs = len(np.unique(recording.order))
     compared, cells = table(recording, args.seeds)
     text = f"""# Selectors against planted truth
@@ -208,10 +194,7 @@ reader truly help to say it; they count as false here.
 {goals(cells)}
 """
     recording.measured.spool.close()
-    print(text)
-    if args.write:
-        args.write.parent.mkdir(parents=True, exist_ok=True)
-        args.write.write_text(text)
+    publish(text, args.write)
 
 
 if __name__ == "__main__":
