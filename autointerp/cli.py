@@ -5,99 +5,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from autointerp import __version__
+from autointerp.cli_options import DB, DEFAULT_DB, LABELING, RUN, RUN_ID, TOP, job_of
 from autointerp.errors import AutointerpError, InputError
 
 if TYPE_CHECKING:
     from autointerp.pipeline import Job
+    from autointerp.progress import Reporter
     from autointerp.results import Results
 
-DEFAULT_DB = "results/autointerp.duckdb"
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
-
-
-def _options(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-class _Top(click.ParamType):
-    """A number of latents, or `auto`."""
-
-    name = "integer|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        return value if value == "auto" else click.IntRange(min=1).convert(value, param, ctx)
-
-
-_TOP = click.option("--top", type=_Top(), help="Latents to select; auto: until they add little.  [default: 50]")
-_DB = click.option("--db", type=click.Path(path_type=Path), default=DEFAULT_DB, help="The DuckDB store.")
-_RUN_ID = click.option("--run-id", help="A run of the store, by its id or the beginning of one.  [default: the newest]")
-_RUN = _options(
-    click.option(
-        "--run", "path", type=click.Path(path_type=Path), required=True, help="Run directory, or its run.yaml."
-    ),
-    click.option("--base", help="Base model: path or hub id.  [default: what the adapter names]"),
-    click.option("--adapter", help="Adapter: path or hub id.  [default: the run directory]"),
-    click.option("--sae", help="SAE: a local folder, or a SAELens release/sae_id."),
-    click.option("--hook", help="Hook point.  [default: what the SAE's config says]"),
-    click.option("--corpus", help=".jsonl, .parquet, .txt, a folder of them, a saved dataset, or a hub id."),
-    click.option("--text-column", help="Column of the text, or of chat messages.  [default: text]"),
-    click.option("--context-length", type=click.IntRange(min=8), help="Positions of a sequence.  [default: 128]"),
-    click.option("--max-tokens", type=click.IntRange(min=8), help="Document tokens to read.  [default: 1000000]"),
-    _TOP,
-    click.option("--selector", multiple=True, help="Of several, the first ranks.  [default: change]"),
-    click.option("--outcome-column", help="Column of numbers, one a document, for --selector outcome."),
-    click.option("--sae-adapted", help="The SAE fine-tuned on the adapted model, for --selector rotation."),
-    click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),
-    click.option("--device", help="cpu, cuda, …  [default: a GPU where there is one]"),
-    click.option("--dtype", help="float32, bfloat16, float16.  [default: float32]"),
-    click.option("--seed", type=click.IntRange(min=0), help="Of document order, sampling and decoys.  [default: 0]"),
-    click.option("--scratch", type=click.Path(path_type=Path), help="Folder for large temporary files."),
-    _DB,
-    click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on standard output."),
-    click.option("--quiet", is_flag=True, help="No progress, no table."),
-)
-_LABELING = _options(
-    click.option(
-        "--labeler",
-        multiple=True,
-        help="lexical, openai:MODEL, anthropic:MODEL; a second one takes what the first leaves.  [default: lexical]",
-    ),
-    click.option("--all", "every", is_flag=True, help="Every --labeler labels everything: second opinions."),
-    click.option(
-        "--scorer",
-        multiple=True,
-        help="rule, detection, fuzzing, simulation, intruder, contrast, embedding:MODEL.  [default: the labeler's own]",
-    ),
-    click.option("--api", type=click.Choice(["chat", "responses"]), help="OpenAI's API to ask.  [default: chat]"),
-    click.option("--max-usd", type=float, help="Never spend more than this on the run."),
-    click.option("--rpm", type=int, help="Requests per minute."),
-    click.option("--tpm", type=int, help="Tokens per minute, input and output together."),
-    click.option("--itpm", type=int, help="Input tokens per minute."),
-    click.option("--otpm", type=int, help="Output tokens per minute."),
-    click.option("--concurrency", type=int, default=8, help="Requests in flight at most."),
-    click.option("--batch", is_flag=True, help="Ask in batches: half the price, up to a day."),
-    click.option("--prompts", type=click.Path(path_type=Path), help="Folder whose templates replace the package's."),
-    click.option("--prices", type=click.Path(path_type=Path), help="JSON file of model prices to add or replace."),
-    click.option("--ask-all", is_flag=True, help="Ask the model about token, bigram and trigram features, too."),
-    click.option("--dry-run", is_flag=True, help="Say what it would do and cost; spend nothing."),
-    click.option("--yes", is_flag=True, help="Do not ask before spending money."),
-)
-_RUN_KEYS = (
-    "base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
-    "dtype", "seed", "scratch", "outcome_column", "sae_adapted",
-)  # fmt: skip
 
 
 @click.group(context_settings=CONTEXT)
@@ -107,11 +30,11 @@ def cli() -> None:
 
 
 @cli.command()
-@_RUN
-@_LABELING
+@RUN
+@LABELING
 def label(**options: Any) -> int:
     """Select the latents that carry the change, collect their contexts, label and score them."""
-    job = _job(options)
+    job = job_of(options)
     if options["dry_run"]:
         return _dry_run(job, options["as_json"])
     _confirm(job, options)
@@ -119,29 +42,26 @@ def label(**options: Any) -> int:
 
 
 @cli.command()
-@_RUN
+@RUN
 def select(**options: Any) -> int:
     """The change statistics and the selection only: no contexts, no labels."""
-    return _finish(_run(_job(options, select_only=True), options), options)
+    return _finish(_run(job_of(options, select_only=True), options), options)
 
 
 @cli.command()
-@_RUN
+@RUN
 def check(**options: Any) -> int:
     """Is it real? What the selected latents do by cause, on held-out documents, against random ones."""
     import asyncio
 
     from autointerp.checking import acheck
-    from autointerp.progress import BarReporter, Reporter
 
-    _quiet_libraries()
-    shown = not options["quiet"] and not options["as_json"]
-    results = asyncio.run(acheck(_job(options), reporter=BarReporter() if shown else Reporter()))
+    results = asyncio.run(acheck(job_of(options), reporter=_reporter(options)))
     if options["as_json"]:
         from autointerp.checking import summary
 
         click.echo(json.dumps(summary(results), default=str))
-    elif shown:
+    elif not options["quiet"]:
         from autointerp.show_checks import checks
         from autointerp.store import Store
 
@@ -152,7 +72,7 @@ def check(**options: Any) -> int:
 
 @cli.command()
 @click.argument("sql")
-@_DB
+@DB
 @click.option("--format", "form", type=click.Choice(["table", "csv", "json", "parquet"]), default="table")
 @click.option("--out", type=click.Path(path_type=Path), help="Write here instead of standard output.")
 def query(sql: str, db: Path, form: str, out: Path | None) -> int:
@@ -166,8 +86,8 @@ def query(sql: str, db: Path, form: str, out: Path | None) -> int:
 
 @cli.command()
 @click.argument("latent", type=int, required=False)
-@_DB
-@_RUN_ID
+@DB
+@RUN_ID
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one object a latent.")
 @click.option("--units", is_flag=True, help="What the adapter's hidden units read and write, a sentence each.")
 def show(latent: int | None, db: Path, run_id: str | None, as_json: bool, units: bool) -> int:
@@ -198,7 +118,7 @@ def show(latent: int | None, db: Path, run_id: str | None, as_json: bool, units:
 @cli.command()
 @click.argument("first")
 @click.argument("second")
-@_DB
+@DB
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
 def compare(first: str, second: str, db: Path, as_json: bool) -> int:
     """Two runs of one dictionary side by side: latents on which the adapters add, cancel or interfere."""
@@ -218,8 +138,8 @@ def compare(first: str, second: str, db: Path, as_json: bool) -> int:
 @cli.command()
 @click.option("--format", "form", default="jsonl", help="parquet or jsonl.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
-@_DB
-@_RUN_ID
+@DB
+@RUN_ID
 @click.option("--force", is_flag=True, help="Overwrite what is there.")
 def export(form: str, out: Path, db: Path, run_id: str | None, force: bool) -> int:
     """Hand the labels on."""
@@ -230,9 +150,9 @@ def export(form: str, out: Path, db: Path, run_id: str | None, force: bool) -> i
 
 
 @cli.command()
-@_DB
-@_LABELING
-@_TOP
+@DB
+@LABELING
+@TOP
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on standard output.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 def demo(**options: Any) -> int:
@@ -240,7 +160,7 @@ def demo(**options: Any) -> int:
     from autointerp.demo import ORGANISM
 
     options = {"path": ORGANISM, "selector": (), **options}
-    job = _job(options)
+    job = job_of(options)
     if options["dry_run"]:
         return _dry_run(job, options["as_json"])
     _confirm(job, options)
@@ -258,49 +178,20 @@ Next:
 """
 
 
-def _job(options: dict[str, Any], select_only: bool = False) -> Job:
-    from autointerp.pipeline import Job
-    from autointerp.run import WEIGHTS_ONLY, Run
-
-    flags: dict[str, Any] = {key: options.get(key) for key in _RUN_KEYS}
-    selectors = options["selector"] or None
-    by_weights = select_only and selectors is not None and set(selectors) <= set(WEIGHTS_ONLY)
-    run = Run.load(options["path"], need=() if by_weights else ("base", "corpus"), selector=selectors, **flags)
-    labeling = {
-        "max_usd": options.get("max_usd"),
-        "api": options.get("api"),
-        "batch": options.get("batch") or None,
-        "rpm": options.get("rpm"),
-        "tpm": options.get("tpm"),
-        "itpm": options.get("itpm"),
-        "otpm": options.get("otpm"),
-        "concurrency": options.get("concurrency"),
-        "prompts_dir": options.get("prompts"),
-        "prices_path": options.get("prices"),
-        "ask_all": options.get("ask_all") or None,
-    }
-    labelers = tuple(options.get("labeler") or ()) or ("lexical",)
-    return Job(
-        run,
-        db=options["db"],
-        labeler=labelers[0],
-        fallbacks=labelers[1:],
-        every=options.get("every", False),
-        scorers=tuple(options.get("scorer") or ()),
-        labeling={key: value for key, value in labeling.items() if value is not None},
-        select_only=select_only,
-    )
-
-
 def _run(job: Job, options: dict[str, Any]) -> Results:
     import asyncio
 
     from autointerp.pipeline import alabel
+
+    return asyncio.run(alabel(job, reporter=_reporter(options)))
+
+
+def _reporter(options: dict[str, Any]) -> Reporter:
+    """Bars, unless the command is to be silent or to print JSON; from here on no library prints into them."""
     from autointerp.progress import BarReporter, Reporter
 
     _quiet_libraries()
-    shown = not options["quiet"] and not options["as_json"]
-    return asyncio.run(alabel(job, reporter=BarReporter() if shown else Reporter()))
+    return Reporter() if options["quiet"] or options["as_json"] else BarReporter()
 
 
 def _finish(results: Results, options: dict[str, Any]) -> int:
