@@ -136,6 +136,22 @@ class PairedModel:
         return base, adapted[..., : base.shape[-1]]
 
     @torch.inference_mode()
+    def logits_from(self, streams: tuple[Tensor, Tensor], ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """`logits` of `ids` after position at [b], from what `activations` gave of them: (x_base, x_adapted), each
+        [b, t, d]. Only what is above the hook is run, where that is the stream between two blocks.
+        """
+        ids, n, found = self._checked(ids), self._n_below, []
+        for side, x in zip((self.pair.base, self.pair.adapted), streams, strict=True):
+            with side() as model:
+                if n is not None and not self._acts_below(model, n):
+                    with self._passed_over(model, n, x.to(self.device)), _unembedding_only(model, at):
+                        found.append(model(ids, use_cache=False).logits[:, 0])
+        if len(found) < len(streams):
+            return self.logits(ids, at)
+        base, adapted = found
+        return base, adapted[..., : base.shape[-1]]
+
+    @torch.inference_mode()
     def patched_logits(
         self, side: Literal["base", "adapted"], ids: Tensor, patch: Callable[[Tensor], Tensor], below: Any = None
     ) -> tuple[Tensor, Any]:
@@ -145,15 +161,16 @@ class PairedModel:
         """
         ids = self._checked(ids)
         with self.pair.base() if side == "base" else self.pair.adapted() as model:
-            n = 0 if self._acts_below(model) else max(self.hook.layer, 0)
+            below_hook = max(self.hook.layer, 0)
+            n = 0 if self._acts_below(model, below_hook) else below_hook
             start = nullcontext() if below is None else self._passed_over(model, n, below)
             with self._kept(model, n) as kept, start, patched(model, self.hook, patch):
                 logits = model(ids, use_cache=False).logits
         return logits[..., : self.vocab_size], kept.get("block")
 
-    def _acts_below(self, model: PreTrainedModel) -> bool:
-        """Whether hooks change blocks below the hook's: they would act again on a block that is passed over."""
-        blocks = (model.get_submodule(self._block_path(layer)) for layer in range(max(self.hook.layer, 0)))
+    def _acts_below(self, model: PreTrainedModel, n_blocks: int) -> bool:
+        """Whether torch hooks change one of the first blocks: they would act again on a block that is passed over."""
+        blocks = (model.get_submodule(self._block_path(layer)) for layer in range(n_blocks))
         return any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
 
     @torch.inference_mode()
@@ -172,6 +189,13 @@ class PairedModel:
         ids = torch.zeros(len(x), 1, dtype=torch.long, device=self.device)
         with self.pair.base() as model, self._passed_over(model, self.n_layers, x):
             return model(ids, use_cache=False).logits[:, 0]
+
+    @property
+    def _n_below(self) -> int | None:
+        """Number of blocks whose result is what is at the hook; None where that is within a block."""
+        if self.hook.module_path != self._block_path(self.hook.layer):
+            return None
+        return self.hook.layer + (self.hook.where == "output")
 
     @property
     def _n_shared(self) -> int:

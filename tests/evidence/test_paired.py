@@ -79,6 +79,35 @@ def test_logits_and_unembedding_are_the_models_own(family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("point", ["hook_resid_pre", "hook_mlp_out", "hook_resid_post"])
+def test_logits_from_the_hook_on(family, point):
+    ids, peft = tiny.token_ids(), tiny.add_lora(tiny.model(family), [1, 2, 3]).eval()
+    model = paired(peft, f"blocks.2.{point}")
+    at = torch.arange(len(ids)) % ids.shape[1]
+    want, streams = model.logits(ids, at), model.activations(ids)
+    calls: Counter[int] = Counter()
+    for name, module in peft.get_base_model().named_modules():
+        if name.endswith(("mlp", "self_attn", "attn", "attention")):
+            module.register_forward_hook(lambda _m, _a, _o, name=name: calls.update([model.pair.layout.place(name)[0]]))
+    got = model.logits_from(streams, ids, at)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    first = {"hook_resid_pre": 2, "hook_mlp_out": 0, "hook_resid_post": 3}[point]
+    assert set(calls) == set(range(first, 4))
+
+
+def test_logits_from_the_hook_on_where_a_block_below_is_hooked():
+    model = paired(tiny.add_lora(tiny.model("llama"), [1]).eval(), "blocks.2.hook_resid_post")
+    model.pair.model.get_submodule("model.layers.2").register_forward_hook(
+        lambda _m, _a, out: out + 0.1 * out.roll(1, -1)
+    )
+    ids = tiny.token_ids()
+    at = torch.full((len(ids),), 5)
+    for ours, theirs in zip(model.logits_from(model.activations(ids), ids, at), model.logits(ids, at), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_padding_to_the_right_changes_nothing_before_it(family):
     ids, plain = tiny.token_ids(length=20), tiny.model(family)
     model = paired(tiny.add_lora(tiny.model(family), [1]), "blocks.3.hook_resid_post")
