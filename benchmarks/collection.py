@@ -39,8 +39,6 @@ CHARS_PER_DOCUMENT = 2000
 BATCHES = (1024, 4096)
 """Positions of the floor's batches: it takes the quicker of these."""
 GPT2_LATENTS, GPT2_L0, GPT2_HOOK, GPT2_ADAPTED = 24_576, 60, 8, list(range(3, 12))
-GPT2_READ = 160
-"""Neurons that the LoRA reads, and latents that stand for one each."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,9 @@ def make_case(name: str, folder: Path, tokens: int) -> dict[str, Any]:
         return {"path": str(ORGANISM)} | flags
     if not (folder / "gpt2").exists():
         _write_gpt2(folder / "gpt2", ORGANISM / "model", flags)
-    return {"path": str(folder / "gpt2")} | flags
+    # What a random adapter writes hangs on fewer than 100 latents: another selector chooses, after `change` has done all
+    # its work.
+    return {"path": str(folder / "gpt2"), "selector": ["mean-shift", "change"]} | flags
 
 
 def _texts(tokens: int) -> Iterator[str]:
@@ -97,11 +97,7 @@ def _texts(tokens: int) -> Iterator[str]:
 
 
 def _write_gpt2(folder: Path, tokenizer: Path, flags: dict[str, Any]) -> None:
-    """GPT-2 small with random weights, a random LoRA, and a random SAE whose biases give a realistic L0.
-
-    At the hooked block the LoRA reads neurons that latents of the SAE stand for, so that more than 100 pass the tests;
-    what it writes elsewhere hangs on no latent.
-    """
+    """GPT-2 small with random weights, a random LoRA, and a random SAE whose biases give a realistic L0."""
     import torch
     from peft import LoraConfig, get_peft_model
     from sae_lens import StandardSAE, StandardSAEConfig
@@ -121,30 +117,21 @@ def _write_gpt2(folder: Path, tokenizer: Path, flags: dict[str, Any]) -> None:
         metadata=SAEMetadata(hook_name=hook, prepend_bos=True),
     )
     sae = StandardSAE(config)
+    directions = torch.nn.functional.normalize(torch.randn(GPT2_LATENTS, 768), dim=1)
+    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
     (folder / "run.yaml").write_text("base: model\nadapter: adapter\nsae: sae\n")
     lora = LoraConfig(
-        r=8,
-        target_modules=["c_attn", "c_fc", "c_proj"],
-        layers_to_transform=GPT2_ADAPTED,
-        rank_pattern={f"h.{GPT2_HOOK}.mlp.c_proj": GPT2_READ},
-        alpha_pattern={f"h.{GPT2_HOOK}.mlp.c_proj": 10 * GPT2_READ},
-        fan_in_fan_out=True,
+        r=8, target_modules=["c_attn", "c_fc", "c_proj"], layers_to_transform=GPT2_ADAPTED, fan_in_fan_out=True
     )
     adapted = get_peft_model(model, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-        elif len(parameter) == GPT2_READ and "lora_A" in name:
-            parameter.data = torch.eye(*parameter.shape)
     adapted.save_pretrained(str(folder / "adapter"))
-    neurons = model.get_parameter(f"transformer.h.{GPT2_HOOK}.mlp.c_fc.weight")[:, :GPT2_READ].detach().T
-    directions = torch.nn.functional.normalize(torch.cat([neurons, torch.randn(GPT2_LATENTS - GPT2_READ, 768)]), dim=1)
-    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
     sae.save_model(folder / "sae")
     # How often latents fire is spread over orders of magnitude, as in trained ones, and sums to the wanted L0.
     rate = torch.exp(torch.randn(GPT2_LATENTS))
     rate = (rate * GPT2_L0 / rate.sum()).clamp(max=0.5)
-    rate[:GPT2_READ] = 0.02
     loaded = Loaded.load({"path": str(folder)} | flags)
     x = loaded.sample(8192)
     for part in range(0, GPT2_LATENTS, 1024):

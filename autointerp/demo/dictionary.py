@@ -40,7 +40,7 @@ def residual_stream(model: GPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
     return hidden[ids != BOS]
 
 
-def new_sae(sample: torch.Tensor, seed: int) -> BatchTopKTrainingSAE:
+def new_sae(sample: torch.Tensor, seed: int, n_latents: int = N_LATENTS) -> BatchTopKTrainingSAE:
     """An untrained SAE that knows where it belongs, begun from a `sample` [n_tokens, d] of its (scaled) activations.
 
     Unit decoder rows, each half a random direction and half a token of the sample, with the encoder tied to them: every
@@ -53,19 +53,27 @@ def new_sae(sample: torch.Tensor, seed: int) -> BatchTopKTrainingSAE:
         model_name="autointerp-demo", hook_name=HOOK, hf_hook_name=HF_HOOK, prepend_bos=True, context_size=CONTEXT
     )
     config = BatchTopKTrainingSAEConfig(
-        d_in=d_in, d_sae=N_LATENTS, k=K, topk_threshold_lr=0.01, aux_loss_coefficient=1.0, metadata=metadata
+        d_in=d_in, d_sae=n_latents, k=K, topk_threshold_lr=0.01, aux_loss_coefficient=1.0, metadata=metadata
     )
     sae = BatchTopKTrainingSAE(config)
     mean = sample.mean(0)
-    tokens = sample[torch.randint(len(sample), (N_LATENTS,))] - mean
+    tokens = sample[torch.randint(len(sample), (n_latents,))] - mean
     unit = torch.nn.functional.normalize
-    sae.W_dec.data = unit(unit(tokens, dim=1) + unit(torch.randn(N_LATENTS, d_in), dim=1), dim=1)
+    sae.W_dec.data = unit(unit(tokens, dim=1) + unit(torch.randn(n_latents, d_in), dim=1), dim=1)
     sae.W_enc.data = sae.W_dec.data.T.contiguous()
     sae.b_dec.data = mean
     return sae
 
 
-def train_sae(model: GPT2LMHeadModel, windows: Windows, steps: int, batch: int, seed: int, out: Path) -> None:
+def train_sae(
+    model: GPT2LMHeadModel,
+    windows: Windows,
+    steps: int,
+    batch: int,
+    seed: int,
+    out: Path,
+    n_latents: int = N_LATENTS,
+) -> None:
     """Adam on activations streamed from the model, every domain in equal parts; `batch` is in windows.
 
     Activations are scaled to mean norm √d while training (so that the learning rate and the auxiliary loss mean the
@@ -74,7 +82,7 @@ def train_sae(model: GPT2LMHeadModel, windows: Windows, steps: int, batch: int, 
     batches = mixed_batches(windows, dict.fromkeys(windows, 1.0), batch, seed)
     sample = torch.cat([residual_stream(model, next(batches)) for _ in range(16)])
     scale = sample.shape[1] ** 0.5 / sample.norm(dim=1).mean().item()
-    sae = new_sae(sample * scale, seed)
+    sae = new_sae(sample * scale, seed, n_latents)
     stream = (residual_stream(model, ids) * scale for ids in batches)
     fit_sae(sae, stream, steps)
     sae.fold_activation_norm_scaling_factor(scale)
@@ -88,7 +96,7 @@ def fit_sae(sae: BatchTopKTrainingSAE, stream: Iterator[torch.Tensor], steps: in
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm_up, max(0.02, 3 * (steps - step) / steps))
     )
-    silent_for = torch.zeros(N_LATENTS)  # tokens since each latent last fired
+    silent_for = torch.zeros(sae.cfg.d_sae)  # tokens since each latent last fired
     for step in range(steps):
         x = next(stream)
         output = sae.training_forward_pass(

@@ -1,0 +1,164 @@
+"""What is lost when a dictionary is too large for the whole change map, and what the rest takes of memory.
+
+    python -m benchmarks.screening [--latents 24576 65536] [--tokens N] [--steps N] [--saes FOLDER] [--write FILE]
+
+For each size a SAE is trained on the demo's base model, seeded, as the demo's own was, and kept in FOLDER where one is
+given. Screening chooses `MAX_TRACKED` latents on the first tenth of the text; the map of these, and the map of every
+latent that fires, are fitted on the other nine tenths: the same tokens, fitted and held out alike. Peak memory is that
+of a fresh process which runs the tool's own selection on all the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+K = 50
+"""Latents whose coverage is compared."""
+BATCH = 4
+"""Windows of a training step."""
+
+
+def train(n_latents: int, steps: int, folder: Path) -> Path:
+    """The SAE's folder; trained unless it is there."""
+    out = folder / f"sae-{n_latents}-{steps}"
+    if not out.exists():
+        from autointerp.demo import ORGANISM, dictionary, language_model
+        from autointerp.demo.text import library_documents
+        from autointerp.demo.train import training_text
+
+        windows = language_model.windows_of(training_text(library_documents()), ORGANISM / "model")
+        model = language_model.load_base(ORGANISM / "model")
+        dictionary.train_sae(model, windows, steps, BATCH, 0, out, n_latents)
+    return out
+
+
+def settings(sae: Path, tokens: int) -> dict[str, object]:
+    """What `Run.load` needs."""
+    from autointerp.demo import ORGANISM
+
+    return {"path": str(ORGANISM), "sae": str(sae), "max_tokens": tokens, "device": "cpu"}
+
+
+def compare(sae: Path, tokens: int) -> str:
+    """A row of the table: the map of screened latents beside the map of all that fire."""
+    from autointerp.evidence.fitted import FittedMap
+    from autointerp.evidence.screening import MAX_TRACKED, Screen
+    from autointerp.run import Run
+    from tests.planted.recording import record
+
+    with tempfile.TemporaryDirectory() as scratch:
+        recording = record(Run.load(**settings(sae, tokens)), tokens, Path(scratch))  # pyright: ignore[reportArgumentType]
+    m, d = recording.W_dec.shape
+    screen = Screen(m, d, len(recording.change) // 10, min(MAX_TRACKED, m // 2))
+    screen.add(recording.z[: screen.budget], recording.change[: screen.budget])
+    rest = replace(
+        recording,
+        **{
+            name: getattr(recording, name)[screen.budget :]
+            for name in ("z", "x_base", "change", "order", "position", "place")
+        },
+    )
+    fires = np.flatnonzero(rest.rate() > 0)
+    cells = []
+    for tracked in (fires, screen.tracked):
+        begin = time.perf_counter()
+        fitted = FittedMap(rest.statistics(rest.change, tracked, encode=False), rest.dictionary.W_dec)
+        chosen = [int(tracked[at]) for at in fitted.pursue(np.arange(len(tracked)), K)]
+        cells.append((len(tracked), fitted.coverage(chosen)[-1], fitted.r2 or 0.0, time.perf_counter() - begin))
+    (n_all, all_, r2_all, seconds_all), (n_few, few, r2_few, seconds_few) = cells
+    fvu, _ = recording.measured.statistics.stream.fvu(recording.measured.statistics.n_tokens)
+    recording.measured.spool.close()
+    return (
+        f"| {m:,} | {fvu:.3f} | {n_all:,} | {all_:.3f} | {r2_all:.3f} | {n_few:,} | {few:.3f} | {r2_few:.3f}"
+        f" | **{few - all_:+.3f}** | {screen.left_out:.2f} | {seconds_few / seconds_all:.2f} |"
+    )
+
+
+def selection(flags: dict[str, str]) -> None:
+    """Runs the tool's own selection and prints what it took, as a row."""
+    from autointerp.evidence.gather import Evidence
+    from autointerp.run import Run
+
+    begin = time.perf_counter()
+    with Evidence.load(Run.load(**flags)) as evidence:  # pyright: ignore[reportArgumentType]
+        loaded = _peak()
+        chosen, _ = evidence.select(lambda _n: None)
+    figures = chosen.figures
+    print(
+        f"| {evidence.dictionary.d_sae:,} | {figures['n_tokens']:,} | {len(chosen.latents)} | {figures['coverage']:.3f}"
+        f" | {figures['random_coverage']:.3f} | {loaded:.0f} MB | **{_peak():.0f} MB** |"
+        f" {time.perf_counter() - begin:.0f} |"
+    )
+
+
+def _peak() -> float:
+    """Peak resident memory of this process so far, MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--latents", type=int, nargs="+", default=[24_576, 65_536])
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--steps", type=int, default=400, help="that the SAEs train for")
+    parser.add_argument("--saes", type=Path, help="where trained SAEs are kept and looked for")
+    parser.add_argument("--write", type=Path, help="a Markdown file for the tables")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return selection(args.child)
+    with tempfile.TemporaryDirectory() as folder:
+        saes = [train(n, args.steps, args.saes or Path(folder)) for n in args.latents]
+        rows = [compare(sae, args.tokens) for sae in saes]
+        taken = [_in_a_fresh_process(settings(sae, args.tokens)) for sae in saes]
+    from benchmarks.planting import publish
+
+    sizes = " ".join(map(str, args.latents))
+    publish(
+        f"""# Large dictionaries: the change map by screening
+
+`python -m benchmarks.screening --latents {sizes} --tokens {args.tokens} --steps {args.steps}`: SAEs of these sizes, \
+trained on the demo's base model for {args.steps} steps. Screening ranks latents on the first tenth of the text; both \
+maps are fitted on the rest. Coverage: held-out share of the change that the best {K} latents explain; R²: that all of \
+the map's do. Time: fit and choice, of the screened map over the whole one's.
+
+| latents | FVU | fire | coverage | R² | screened | coverage | R² | **difference of coverage** | left out | time |
+|---|---|---|---|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+Left out: share of the change, as screening prices it latent by latent, of those that the map does not track.
+
+## The whole selection
+
+A fresh process each; the second figure of memory is the process with model, dictionary and tokenizer loaded.
+
+| latents | tokens | selected | coverage | random latents | loaded | peak memory | seconds |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(taken)}
+""",
+        args.write,
+    )
+
+
+def _in_a_fresh_process(flags: dict[str, object]) -> str:
+    child = [sys.executable, "-m", "benchmarks.screening", "--child", json.dumps(flags)]
+    return subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
