@@ -52,6 +52,11 @@ RUN = _options(
     click.option("--outcome-column", help="Column of numbers, one a document, for --selector outcome."),
     click.option("--sae-adapted", help="The SAE fine-tuned on the adapted model, for --selector rotation."),
     click.option("--fdr", type=float, help="False discovery rate of the tests.  [default: 0.05]"),
+    click.option(
+        "--checkpoints",
+        type=click.IntRange(min=0),
+        help="Checkpoints of a training to follow the latents over, evenly spaced; 0: none.  [default: 20]",
+    ),
     click.option("--device", help="cpu, cuda, …  [default: a GPU where there is one]"),
     click.option("--dtype", help="float32, bfloat16, float16.  [default: float32]"),
     click.option("--seed", type=click.IntRange(min=0), help="Of document order, sampling and decoys.  [default: 0]"),
@@ -88,7 +93,7 @@ LABELING = _options(
 )
 _RUN_KEYS = (
     "base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
-    "dtype", "seed", "scratch", "outcome_column", "sae_adapted",
+    "dtype", "seed", "scratch", "outcome_column", "sae_adapted", "checkpoints",
 )  # fmt: skip
 
 

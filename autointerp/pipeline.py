@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from autointerp.errors import BudgetError, InputError, ProviderError
+from autointerp.following import COURSE, follow, missing
 from autointerp.labeling.base import LabelingSettings, check_labeler, make_labeler, make_scorer, split_spec
 from autointerp.labeling.work import FINISHED, Work, needing_calls, scored, usable
 from autointerp.progress import Reporter
@@ -84,8 +85,8 @@ async def alabel(
     check_scorers(job)
     stop = stop or Stop()
     with on_interrupt(stop):
-        stands = _stage(job)
-        evidence = None if stands in ("collect", "label") else await _load(job, pair, tokenizer)
+        chosen = _stage(job) in ("collect", "label")
+        evidence = None if chosen and not _unfollowed(job) else await _load(job, pair, tokenizer)
         with contextlib.ExitStack() as held:
             if evidence is not None:
                 held.enter_context(evidence)
@@ -93,7 +94,7 @@ async def alabel(
                 job = replace(job, run=evidence.run)
             store = held.enter_context(Store.open(job.db))
             held.enter_context(reporter)
-            status = await _work(job, evidence, store, stop, reporter)
+            status = await _work(job, evidence, chosen, store, stop, reporter)
     return Results(job.db, job.run.run_id, EXIT_OF_STATUS[status])
 
 
@@ -180,11 +181,24 @@ def _stage(job: Job) -> str | None:
 
 
 async def _load(job: Job, pair: ModelPair | None, tokenizer: Any) -> Evidence | WeightsEvidence:
-    if job.select_only and set(job.run.settings.selector) <= set(WEIGHTS_ONLY):
+    if _by_weights(job):
         from autointerp.evidence.weights_evidence import WeightsEvidence
 
         return await asyncio.to_thread(WeightsEvidence.load, job.run)
     return await load_evidence(job, pair, tokenizer)
+
+
+def _by_weights(job: Job) -> bool:
+    """Whether neither corpus nor model is needed."""
+    return job.select_only and set(job.run.settings.selector) <= set(WEIGHTS_ONLY)
+
+
+def _unfollowed(job: Job) -> bool:
+    """Whether the training left checkpoints that the selected latents were not followed over yet."""
+    if not job.run.checkpoints or _by_weights(job):
+        return False
+    with Store.open(job.db, "read") as store:
+        return bool(missing(store, job.run))
 
 
 async def load_evidence(job: Job, pair: ModelPair | None = None, tokenizer: Any = None) -> Evidence:
@@ -195,17 +209,25 @@ async def load_evidence(job: Job, pair: ModelPair | None = None, tokenizer: Any 
 
 
 async def _work(
-    job: Job, evidence: Evidence | WeightsEvidence | None, store: Store, stop: Stop, reporter: Reporter
+    job: Job,
+    evidence: Evidence | WeightsEvidence | None,
+    chosen: bool,
+    store: Store,
+    stop: Stop,
+    reporter: Reporter,
 ) -> str:
-    """Evidence, labels, scores; the status that the run ends with."""
+    """Evidence, labels, scores; the status that the run ends with. chosen: what is selected stands in the store."""
     run_id = job.run.run_id
     try:
-        if evidence is not None:
+        if evidence is not None and not chosen:
             await select_and_store(job, evidence, store, stop, reporter)
+        contextual = None if _by_weights(job) else cast("Evidence | None", evidence)
+        if contextual is not None and not contextual.in_memory:
+            await follow(contextual, store, stop, reporter)
         if job.select_only:
+            store.execute("UPDATE runs SET status = 'done' WHERE run_id = ? AND stage = 'select'", [run_id])
             return "done"
-        contextual = cast("Evidence | None", evidence)  # weights alone serve selection alone
-        status = await _label(job, contextual, store, stop, reporter)
+        status = await _label(job, None if chosen else contextual, store, stop, reporter)
     except StoppedByUser:
         if not store.read("SELECT 1 FROM runs WHERE run_id = ?", [run_id]):
             raise
@@ -276,7 +298,8 @@ async def select_and_store(
     units = await asyncio.to_thread(evidence.units)
     decoder = await asyncio.to_thread(evidence.decoder_tokens)
     run_id = job.run.run_id
-    for table in (*SELECTED, *CHECKS):
+    old = COURSE if store.selected(run_id) != selection.latents else ()  # of the same latents, it goes on
+    for table in (*SELECTED, *CHECKS, *old):
         store.execute(f"DELETE FROM {table} WHERE run_id = ?", [run_id])
     store.write_latents(run_id, selection.columns)
     if isinstance(selection, Selection):

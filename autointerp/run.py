@@ -9,13 +9,16 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError
 
 from autointerp.errors import InputError
 from autointerp.evidence.sae_spec import hook_in_config, split_spec
+
+if TYPE_CHECKING:
+    from autointerp.evidence.series import Checkpoint
 
 T = TypeVar("T")
 
@@ -27,6 +30,7 @@ PATHS = ("base", "adapter", "sae", "corpus")
 WEIGHTS_ONLY = ("weights",)
 """Selectors that need neither corpus nor model when nothing but the selection is wanted."""
 DEFAULT_TOP = 50
+DEFAULT_CHECKPOINTS = 20
 AUTO_TOP = 200
 """Latents that `--top auto` selects at most."""
 
@@ -37,7 +41,6 @@ _HUB_IDS = {
     "corpus": re.compile(r"^[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?(?<!\.jsonl)(?<!\.parquet)(?<!\.txt)$"),
 }
 _WEIGHT_FILES = (".json", ".safetensors", ".bin", ".pt", ".npz", ".model", ".yaml")
-_SAMPLE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,8 @@ class Settings:
     outcome_column: str | None = None
     """A column of the corpus with a number for each document, for the selector `outcome`."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    checkpoints: Annotated[int, Field(ge=0)] = DEFAULT_CHECKPOINTS
+    """Checkpoints of one training, at most, over which the selected latents are followed; see `Run.checkpoints`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     """A torch device; `auto` takes a GPU where there is one."""
@@ -102,6 +107,9 @@ class Run:
     context_length: int = 128
     max_tokens: int = 1_000_000
     settings: Settings = Settings()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Where the adapter is the end of a training that left checkpoints beneath its folder: those, in order, evenly
+    spaced, the adapter among them. They are no part of what is selected, nor of `run_id`."""
     fingerprints: dict[str, str] = field(default_factory=dict, hash=False)
     """What base, sae and corpus held when the run was loaded; see `fingerprint`."""
 
@@ -128,7 +136,9 @@ class Run:
         prints = {key: fingerprint(located[key], key) for key in ("sae", "corpus") if key in located}
         if settings.sae_adapted is not None:
             prints["sae_adapted"] = fingerprint(settings.sae_adapted, "sae")
-        adapter = located.get("adapter", str(folder))
+        from autointerp.evidence.series import resolve
+
+        adapter, checkpoints = resolve(located.get("adapter", str(folder)), settings.checkpoints)
         name, sha256, base = _detected(adapter, located.get("base"), "base" in need)
         return cls(
             path=folder,
@@ -143,6 +153,7 @@ class Run:
             context_length=view.context_length,
             max_tokens=view.max_tokens,
             settings=settings,
+            checkpoints=checkpoints,
             fingerprints=prints | ({"base": fingerprint(base, "base")} if base else {}),
         )
 
@@ -183,6 +194,8 @@ def fingerprint(path: str, key: str) -> str:
 
     Every byte of a small file counts; a large one written anew differs in its samples too. For a hub id, the id.
     """
+    from autointerp.evidence.weight_files import samples
+
     root, said = split_spec(path) if key == "sae" else (Path(path), {})
     if not root.exists():
         return path
@@ -190,10 +203,8 @@ def fingerprint(path: str, key: str) -> str:
     for file in _files(root, key):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root) if root.is_dir() else file.name}\0{size}\0".encode())
-        with file.open("rb") as content:
-            for start in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
-                content.seek(start)
-                digest.update(content.read(_SAMPLE))
+        for sample in samples(file):
+            digest.update(sample)
     return digest.hexdigest()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +15,7 @@ from rich.text import Text
 from autointerp.errors import InputError
 from autointerp.records import Context, LatentEvidence, Write
 from autointerp.show_checks import latent_lines, run_checks
+from autointerp.show_course import course_line, courses, header_parts, latent_table
 from autointerp.store import Store
 from autointerp.tabulate import query_table
 from autointerp.terminal import console as make_console
@@ -47,8 +48,11 @@ def table(store: Store, run_id: str | None = None, console: Console | None = Non
         console.print(line)
     rows = store.read("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [run_id])
     if rows:
-        console.print(latents_table(rows, wide=console.width >= _WIDE))
+        followed = {latent: course_line(course) for latent, course in courses(store, run_id).items()}
+        console.print(latents_table(rows, wide=console.width >= _WIDE, followed=followed))
         console.print(Text("score (null): the best scorer, and the same with another latent's label", style="dim"))
+        if followed:
+            console.print(Text("▁▃▆█: how much its row writes, from the base over the checkpoints", style="dim"))
     else:
         console.print(Text(f"no latent was selected: {_why_none(store, run_id)}"))
 
@@ -109,6 +113,9 @@ def latent(
         console.print(_label(row, [score for score in scores if score["labeler"] == row["labeler"]]))
     for line in latent_lines(store, run_id, latent):
         console.print(Text(line))
+    for course in courses(store, run_id, latent).values():
+        console.print(_heading("over the training"))
+        console.print(latent_table(course))
     if evidence.writes:
         console.print(_heading("when it fires, the adapter"))
         console.print(_writes(evidence.writes))
@@ -163,6 +170,7 @@ def header(store: Store, run_id: str) -> Panel:
                 _with("ΔFVU ", run["delta_fvu"], form="{:.2f}"),
             ],
         ),
+        ("training", header_parts(store, run_id)),
         ("weights", [_text(run["notes"])]),
     ]
     for name, parts in (*lines, *_selectors(store, run_id)):
@@ -192,8 +200,11 @@ def _selectors(store: Store, run_id: str) -> list[tuple[str, list[str | None]]]:
     return lines
 
 
-def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:
-    """Rows of `changed_latents` as a table; narrow ones put the effect under the label."""
+def latents_table(
+    rows: Sequence[dict[str, Any]], wide: bool = False, followed: Mapping[int, str] | None = None
+) -> Table:
+    """Rows of `changed_latents` as a table; narrow ones put the effect under the label. followed: latent → its course
+    over the training, a line."""
     out = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=True)
     out.add_column("#", justify="right", no_wrap=True)
     out.add_column("latent", justify="right", no_wrap=True)
@@ -204,7 +215,9 @@ def latents_table(rows: Sequence[dict[str, Any]], wide: bool = False) -> Table:
         out.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         label, effect = _label_text(row), Text(visible(_brief(row["effect"] or "")), style="cyan")
-        words: list[RenderableType] = [label, effect] if wide else [Group(label, effect) if effect else label]
+        course = Text(followed[row["latent"]], style="dim") if followed and row["latent"] in followed else Text()
+        below = [part for part in (effect, course) if part]
+        words: list[RenderableType] = [label, Group(*below)] if wide else [Group(label, *below)]
         out.add_row(
             number(row["rank"], "{}"),
             str(row["latent"]),

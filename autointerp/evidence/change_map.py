@@ -62,8 +62,12 @@ def fit(moments: Moments) -> Tensor:
 def refit(moments: Moments, rows: Sequence[int] | Tensor) -> Tensor:
     """Rows [k, d] fitted jointly for the given latents alone (the others' rows are zero)."""
     rows = torch.as_tensor(rows, dtype=torch.long)
-    G = moments.G[rows][:, rows] + RIDGE * moments.G.diagonal().mean() * torch.eye(len(rows), dtype=moments.G.dtype)
-    return torch.linalg.solve(G, moments.B[rows])
+    return solved(moments.G[rows][:, rows], moments.B[rows], float(RIDGE * moments.G.diagonal().mean()))
+
+
+def solved(G: Tensor, B: Tensor, shrink: float) -> Tensor:
+    """(G + shrink · 1)⁻¹ B [k, d]."""
+    return torch.linalg.solve(G + shrink * torch.eye(len(G), dtype=G.dtype), B)
 
 
 def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> float:
@@ -74,8 +78,13 @@ def explained(moments: Moments, rows: Sequence[int] | Tensor, C: Tensor) -> floa
     if len(rows) < len(G) or list(rows) != list(range(len(G))):
         at = torch.as_tensor(rows, dtype=torch.long)
         G, B = G[at][:, at], B[at]
+    return explained_energy(G, B, C) / moments.energy
+
+
+def explained_energy(G: Tensor, B: Tensor, C: Tensor) -> float:
+    """Σ‖Δx − δ̄‖² less what the rows C [k, d] leave of it, given G [k, k] and B [k, d] of the same latents."""
     cross, square = (C * B).sum(), ((G @ C) * C).sum()
-    return float((2 * cross - square) / moments.energy)
+    return float(2 * cross - square)
 
 
 def _inverse(A: Tensor) -> Tensor:

@@ -119,6 +119,11 @@ class Corpus:
                 f"context length {context_length}: give --context-length {MIN_TOKENS + len(self.bos)} or more"
             )
 
+    def head(self, max_tokens: int) -> Corpus:
+        """Its first sequences, those of `max_tokens` document tokens: as the documents are shuffled, a sample of it."""
+        least = max_tokens if self.max_tokens is None else min(max_tokens, self.max_tokens)
+        return Corpus(self.documents, self.tokenizer, self.context_length, bool(len(self.bos)), least, self.seed)
+
     @property
     def piece(self) -> int:
         """Document tokens of a full sequence."""

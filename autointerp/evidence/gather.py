@@ -76,6 +76,11 @@ class Evidence:
         """Replicas of the model that run at once; the one alone where it is a user's own, in memory."""
         return [self.model] if self.in_memory else replicas(self.model)
 
+    def models_with(self, adapter: str) -> list[PairedModel]:
+        """As `models`, with another adapter of the same training; the base's weights are shared. InputError where it
+        does not fit the base."""
+        return replicas(self.model.with_adapter(adapter, self.run.base or "", self.run.sae, self.dictionary))
+
     @property
     def shape(self) -> dict[str, str | int]:
         """Columns of `runs` that say what the dictionary is."""

@@ -63,6 +63,9 @@ class HookedPair(ModelPair):
     def models(self) -> tuple[PreTrainedModel, ...]:
         return (self._model,)
 
+    def bare(self) -> PreTrainedModel:
+        return copy.deepcopy(self._model, self.shared_tensors())
+
     def replica(self) -> Self:
         return copy.deepcopy(self, self.shared_tensors() | {id(self._insertions): self._insertions})
 

@@ -54,6 +54,11 @@ class ModelPair(ABC):
         """The same pair for another thread: modules of its own, to be switched and hooked alone; weights shared."""
         return copy.deepcopy(self, self.shared_tensors())
 
+    def bare(self) -> PreTrainedModel | None:
+        """The base model alone, in modules of its own over the same weights; None where the pair cannot tell it apart
+        from the adapter."""
+        return None
+
     def shared_tensors(self) -> dict[int, Any]:
         """The weights of every model, as a memo that keeps `copy.deepcopy` from copying them."""
         return {id(t): t for model in self.models for t in (*model.parameters(), *model.buffers())}
@@ -104,6 +109,7 @@ class PeftPair(ModelPair):
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
+        self._peft = model
         self._model: PreTrainedModel = model.get_base_model()  # pyright: ignore[reportAttributeAccessIssue]
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         named = {name: layer for name, layer in self._model.named_modules() if isinstance(layer, kinds)}
@@ -124,6 +130,9 @@ class PeftPair(ModelPair):
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
         return (self._model,)
+
+    def bare(self) -> PreTrainedModel:
+        return copy.deepcopy(self._peft, self.shared_tensors()).unload()
 
     @contextmanager
     def adapted(self) -> Iterator[PreTrainedModel]:
@@ -160,6 +169,9 @@ class TwoModels(ModelPair):
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
         return self._base, self._adapted
+
+    def bare(self) -> PreTrainedModel:
+        return copy.deepcopy(self._base, self.shared_tensors())
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:

@@ -73,6 +73,17 @@ class PairedModel:
         view = adapters.View(hook, sae, dictionary)
         return cls(found.load_for(adapter, str(base), view, dtype=dtype, device=device), hook, tokenizer)
 
+    def with_adapter(self, adapter: str, base: str, sae: str | None, dictionary: Dictionary | None) -> PairedModel:
+        """The same base with another adapter, over the same weights where the adapter's kind allows. As `load`."""
+        found, view = adapters.detect(adapter), adapters.View(self.hook.name, sae, dictionary)
+        model = self.pair.bare()
+        pair = (
+            found.load_for(adapter, base, view, dtype=self.dtype, device=self.device)
+            if model is None
+            else found.load_onto(adapter, base, view, model)
+        )
+        return PairedModel(pair, self.hook, self.tokenizer)
+
     def replica(self) -> PairedModel:
         """The same for another thread: modules of its own, the same weights."""
         other = copy.copy(self)
@@ -115,6 +126,13 @@ class PairedModel:
         with self.pair.adapted() as model, self._passed_over(model, n_shared, shared):
             x_adapted, _ = self._read(model, ids)
         return x_base, x_adapted
+
+    @torch.inference_mode()
+    def activations_of(self, side: Literal["base", "adapted"], ids: Tensor) -> Tensor:
+        """What `activations` gives of one side [b, t, d], without the other."""
+        ids = self._checked(ids)
+        with self.pair.base() if side == "base" else self.pair.adapted() as model:
+            return self._read(model, ids)[0]
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ _EXPONENT = {
     "F64": ("<u8", 0x7FF0_0000_0000_0000),
 }
 """Bits of the exponent; all of them are set in NaN and infinity, and in nothing else."""
+
+_SAMPLE = 1 << 16
 
 
 def read_json(file: Path, option: str) -> dict[str, Any]:
@@ -53,6 +56,15 @@ def check_finite_file(file: Path, name: str) -> None:
             bits = np.frombuffer(content.read(end - begin), kind)
             if ((bits & bits.dtype.type(exponent)) == exponent).any():
                 raise not_finite(name, key)
+
+
+def samples(file: Path) -> Iterator[bytes]:
+    """The first, middle and last 64 KiB of a file: all of a small one, and of a large one what is cheaply read."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        for start in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
+            content.seek(start)
+            yield content.read(_SAMPLE)
 
 
 def not_finite(name: str, key: str) -> InputError:

@@ -15,6 +15,7 @@ from autointerp.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from autointerp.evidence.dictionaries import Dictionary
     from autointerp.evidence.model_pair import ModelPair
@@ -78,6 +79,13 @@ class AdapterFormat(ABC):
     ) -> ModelPair:
         """`load`, for a run that looks at it through `view`; most formats do not ask."""
         return self.load(spec, base, dtype=dtype, device=device)
+
+    def load_onto(self, spec: str | Path, base: str, view: View, model: PreTrainedModel) -> ModelPair:
+        """`load_for`, of a base that is in memory already: the pair takes `model` over, and its dtype and device.
+
+        Formats that have no use for it load the base anew.
+        """
+        return self.load_for(spec, base, view, dtype=model.dtype, device=model.device)
 
     def sha256(self, spec: str | Path) -> str:
         """Over the names and bytes of `files`: the same wherever the folder lies."""

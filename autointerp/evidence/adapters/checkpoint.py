@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autointerp.errors import InputError
-from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, local_folder, located
+from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, View, local_folder, located
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from autointerp.evidence.model_pair import ModelPair
     from autointerp.evidence.tensor_files import BaseWeights
@@ -61,18 +62,23 @@ class CheckpointFormat(AdapterFormat):
         return None if base == str(folder.resolve()) else base
 
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
-        from autointerp.evidence.loading import load_causal_lm, load_config
+        from autointerp.evidence.loading import load_causal_lm
+
+        _check_kinds(local_folder(spec), base)
+        # The base first: where equal, its weights are kept and the checkpoint's are let go.
+        return self._beside(load_causal_lm(base, dtype=dtype, device=device), spec)
+
+    def load_onto(self, spec: str | Path, base: str, view: View, model: PreTrainedModel) -> ModelPair:
+        _check_kinds(local_folder(spec), base)
+        return self._beside(model, spec)
+
+    def _beside(self, ours: PreTrainedModel, spec: str | Path) -> ModelPair:
+        """The checkpoint in the dtype and on the device of its base, and both as a pair."""
+        from autointerp.evidence.loading import load_causal_lm
         from autointerp.evidence.model_pair import TwoModels
 
         folder = local_folder(spec)
-        kinds = [config.model_type for config in (load_config(folder, "adapter"), load_config(base))]
-        if kinds[0] != kinds[1]:
-            raise InputError(
-                f"adapter {folder} is a {kinds[0]}, base {base} a {kinds[1]}: give --base the one it came from"
-            )
-        # The base first: where equal, its weights are kept and the checkpoint's are let go.
-        ours = load_causal_lm(base, dtype=dtype, device=device)
-        theirs = load_causal_lm(folder, dtype=dtype, device=device, option="adapter")
+        theirs = load_causal_lm(folder, dtype=ours.dtype, device=ours.device, option="adapter")
         return TwoModels(ours, theirs, f"adapter {folder}")
 
     def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
@@ -80,6 +86,16 @@ class CheckpointFormat(AdapterFormat):
 
         folder = local_folder(spec)
         return checkpoint_changes(folder, _weights(folder), base)
+
+
+def _check_kinds(folder: Path, base: str) -> None:
+    from autointerp.evidence.loading import load_config
+
+    kinds = [config.model_type for config in (load_config(folder, "adapter"), load_config(base))]
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"adapter {folder} is a {kinds[0]}, base {base} a {kinds[1]}: give --base the one it came from"
+        )
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from autointerp.evidence.adapters.base import AdapterFormat, View, local_folder
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from autointerp.evidence.hooked import Insertion
     from autointerp.evidence.model_pair import ModelPair
@@ -37,6 +37,11 @@ class InsertingFormat(AdapterFormat):
 
         insertions = self.insertions(local_folder(spec), load_config(base), view, torch_device(device))
         return HookedPair(load_causal_lm(base, dtype=dtype, device=device), insertions)
+
+    def load_onto(self, spec: str | Path, base: str, view: View, model: PreTrainedModel) -> ModelPair:
+        from autointerp.evidence.hooked import HookedPair
+
+        return HookedPair(model, self.insertions(local_folder(spec), model.config, view, model.device))
 
 
 def read_pickled(file: Path) -> Any:

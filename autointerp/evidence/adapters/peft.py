@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autointerp.errors import InputError
-from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, local_folder, located
+from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, View, local_folder, located
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,14 @@ class PeftFormat(AdapterFormat):
         # Switched off, such an adapter leaves weights that are not the base's; merged, it is a checkpoint like any.
         merged = peft.merge_and_unload()
         return TwoModels(load_causal_lm(base, dtype=dtype, device=device), merged, f"adapter {folder}")
+
+    def load_onto(self, spec: str | Path, base: str, view: View, model: PreTrainedModel) -> ModelPair:
+        from autointerp.evidence.model_pair import PeftPair, alters_base
+
+        folder = local_folder(spec)
+        if alters_base(_config(folder)) is not None:
+            return self.load_for(spec, base, view, dtype=model.dtype, device=model.device)
+        return PeftPair(_attached(model, folder, base))
 
     def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
         from autointerp.evidence.lora_weights import lora_changes

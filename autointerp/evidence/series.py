@@ -1,0 +1,114 @@
+"""The checkpoints that a trainer left beneath a folder, `checkpoint-N` at step N, as one series."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from autointerp.errors import InputError
+from autointerp.evidence import adapters
+from autointerp.evidence.weight_files import samples
+
+T = TypeVar("T")
+
+FINAL = "final"
+"""Name of an adapter that lies beside the checkpoints and is none of them."""
+STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the training had made of the adapter, or of the whole model, at one step."""
+
+    name: str
+    """Of its folder, or FINAL."""
+    path: str
+    step: int | None
+    """None for a final adapter of which no file says when it was saved."""
+
+
+def resolve(adapter: str, most: int) -> tuple[str, tuple[Checkpoint, ...]]:
+    """Which adapter is meant by a path or hub id, and the checkpoints of its training, in the order of their steps.
+
+    The adapter is what the folder itself holds, else its last checkpoint. It is always among the checkpoints, of which
+    there are at most `most`, evenly spaced; none where there is no series. InputError for a checkpoint that cannot be
+    read.
+    """
+    found = _below(Path(adapter))
+    if not found:
+        return adapter, ()
+    if _holds_adapter(Path(adapter)):
+        found, final = _with_final(found, Path(adapter))
+    else:
+        final = found[-1]
+    chosen = evenly(found, most, found.index(final))
+    if len(chosen) < 2:
+        return final.path, ()
+    for checkpoint in chosen:
+        if checkpoint is not final:
+            _check(checkpoint)
+    return final.path, tuple(chosen)
+
+
+def evenly(items: Sequence[T], most: int, kept: int) -> list[T]:
+    """At most `most` of `items` in their order, evenly spaced from the first to the last; items[kept] is among them."""
+    if most >= len(items):
+        return list(items)
+    if most < 2:
+        return [items[kept]] if most else []
+    at = [round(i * (len(items) - 1) / (most - 1)) for i in range(most)]
+    if kept not in at:
+        at[min(range(most), key=lambda i: abs(at[i] - kept))] = kept
+    return [items[i] for i in at]
+
+
+def _below(folder: Path) -> list[Checkpoint]:
+    if not folder.is_dir():
+        return []
+    names = ((child, _CHECKPOINT.fullmatch(child.name)) for child in folder.iterdir() if child.is_dir())
+    found = [Checkpoint(child.name, str(child), int(match[1])) for child, match in names if match]
+    return sorted(found, key=lambda checkpoint: checkpoint.step or 0)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any(form.matches(folder) for _, form in adapters.ADAPTERS.items())
+
+
+def _with_final(found: list[Checkpoint], folder: Path) -> tuple[list[Checkpoint], Checkpoint]:
+    """The series with the adapter of `folder` in it: one of the checkpoints (the last, or the best, kept at the end of
+    the training) where it has the same weights, else after them."""
+    mine = _weights(folder)
+    for at, checkpoint in reversed(list(enumerate(found))):
+        if mine and mine == _weights(Path(checkpoint.path)):
+            final = Checkpoint(checkpoint.name, str(folder), checkpoint.step)
+            return [*found[:at], final, *found[at + 1 :]], final
+    final = Checkpoint(FINAL, str(folder), _step(folder / STATE))
+    return [*found, final], final
+
+
+def _weights(folder: Path) -> list[tuple[str, int, bytes]]:
+    """Name, size and samples of each file of weights: those of two steps differ everywhere."""
+    form = next((form for _, form in adapters.ADAPTERS.items() if form.matches(folder)), None)
+    files = [file for file in form.files(folder) if file.suffix != ".json" and file.is_file()] if form else []
+    return [(file.name, file.stat().st_size, b"".join(samples(file))) for file in files]
+
+
+def _step(state: Path) -> int | None:
+    """The step that transformers.Trainer noted in its state; None where there is no such file."""
+    try:
+        step = json.loads(state.read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    try:
+        adapters.detect(checkpoint.path)
+    except InputError as error:
+        raise InputError(f"{error}; or leave the other checkpoints out with --checkpoints 0") from error
