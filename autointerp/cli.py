@@ -136,6 +136,25 @@ def compare(first: str, second: str, db: Path, as_json: bool) -> int:
 
 
 @cli.command()
+@click.argument("runs", nargs=-1, required=True)
+@DB
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+def lineage(runs: tuple[str, ...], db: Path, as_json: bool) -> int:
+    """Selected latents from layer to layer: counterparts in the dictionaries of other RUNS, by their decoder rows."""
+    from autointerp.lineage import lineage as followed
+    from autointerp.show_lineage import lineage as render
+    from autointerp.store import Store
+
+    with Store.open(db, "read") as store:
+        found = followed(store, runs)
+    if as_json:
+        click.echo(json.dumps(found.summary()))
+    else:
+        render(found)
+    return 0
+
+
+@cli.command()
 @click.option("--format", "form", default="jsonl", help="parquet or jsonl.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File or folder to write.")
 @DB

@@ -90,9 +90,7 @@ def _store(
     """The rows of a checkpoint, and last the one which says that they stand."""
     key = {"run_id": run.run_id, "checkpoint": name, "step": step}
     cosines = [None] * len(latents) if end is None else map(_number, reading.cosines(end))
-    columns: Iterable[Any] = zip(
-        latents, reading.gain, reading.size, cosines, reading.mean, reading.freq, strict=True
-    )
+    columns: Iterable[Any] = zip(latents, reading.gain, reading.size, cosines, reading.mean, reading.freq, strict=True)
     names = ("latent", "gain", "size", "cosine", "mean", "freq")
     store.upsert("course", [key | dict(zip(names, values, strict=True)) for values in columns])
     figures = {name: getattr(reading, name) for name in ("change", "static_share", "coverage")}

@@ -86,6 +86,7 @@ class Results:
         rows = self.sql("SELECT * FROM changed_latents WHERE run_id = ? ORDER BY rank", [self.run_id]).arrow()
         selectors = self.sql("SELECT * FROM selectors WHERE run_id = ? ORDER BY position", [self.run_id]).arrow()
         said = [{key: value for key, value in row.items() if key != "run_id"} for row in selectors.to_pylist()]
+        followed = "SELECT * EXCLUDE (run_id) FROM checkpoints WHERE run_id = ? ORDER BY step NULLS LAST"
         newest = "SELECT summary FROM summaries WHERE run_id = ? ORDER BY created_at DESC LIMIT 1"
         summary = self.sql(newest, [self.run_id]).fetchone()
         return {
@@ -94,6 +95,7 @@ class Results:
             "summary": summary[0] if summary else None,
             "latents": rows.to_pylist(),
             "selectors": said,
+            "checkpoints": self.sql(followed, [self.run_id]).arrow().to_pylist(),
         }
 
     def __repr__(self) -> str:

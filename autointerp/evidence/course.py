@@ -24,7 +24,7 @@ from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import in_order, tokens_per_batch
 from autointerp.evidence.stream import ENCODE_ROWS, OUTLIER, to_codes
 
-MAX_TOKENS = 1 << 16
+MAX_TOKENS = 1 << 15
 """Document tokens that each checkpoint reads at most."""
 MAX_NUMBERS = 1 << 27
 """Numbers of the base stream that are kept in memory for it."""
@@ -89,12 +89,12 @@ class Sample:
         square, fired = np.zeros(k), np.zeros(k)
         for piece in pieces:
             for half, mine in enumerate((piece.fit, ~piece.fit)):
-                z = csr_matrix(piece.z[mine])
+                z = _rows(piece.z, mine)
                 self.n[half] += z.shape[0]
                 self.z[half] += np.asarray(z.sum(0)).ravel()
                 self.G[half] += (z.T @ z).toarray()
             square += np.asarray(piece.z.power(2).sum(0)).ravel()
-            fired += np.asarray((piece.z > 0).sum(0)).ravel()
+            fired += np.bincount(piece.z.indices[piece.z.data > 0], minlength=k)
         self.mean, self.freq = self.z.sum(0) / self.n_tokens, fired / self.n_tokens
         self.scale = np.sqrt(square / self.n_tokens)
         self.shrink = RIDGE * diagonal / self.n_tokens
@@ -136,7 +136,7 @@ class Sample:
             kept = norm <= limit
             counted = batch.counted.clone()
             counted[batch.counted] = kept
-            z = csr_matrix(codes[kept.numpy()])
+            z = _rows(codes, kept.numpy())
             n += z.shape[0]
             total += np.asarray(z.sum(0)).ravel()
             square += np.asarray(z.power(2).sum(0)).ravel()
@@ -195,6 +195,11 @@ class Sample:
         )
 
 
+def _rows(codes: csr_matrix, mine: np.ndarray) -> csr_matrix:
+    """The codes of some tokens; mine: whether each is one of them."""
+    return csr_matrix(codes[np.flatnonzero(mine)])  # pyright: ignore[reportOptionalSubscript] - scipy's stubs
+
+
 class _Sums:
     """What is summed over one checkpoint's batches."""
 
@@ -205,7 +210,7 @@ class _Sums:
     def add(self, piece: Piece, change: np.ndarray, z: np.ndarray) -> None:
         """change [n, d] and the checkpoint's own codes z [n, k] of the tokens of `piece`."""
         for half, mine in enumerate((piece.fit, ~piece.fit)):
-            self.B[half] += piece.z[mine].T @ change[mine]
+            self.B[half] += _rows(piece.z, mine).T @ change[mine]
             self.change[half] += change[mine].sum(0, dtype=np.float64)
             self.square[half] += np.einsum("ij,ij->", change[mine], change[mine], dtype=np.float64)
         self.z += z.sum(0, dtype=np.float64)

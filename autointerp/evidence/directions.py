@@ -50,14 +50,17 @@ class Directions(ABC):
         """[k, d] float32."""
 
 
-def open_directions(spec: str) -> Directions:
-    """Of the SAE in a local folder or a SAELens release; InputError, in one line, for what is wrong with it."""
+def open_directions(spec: str, hook: str | None = None) -> Directions:
+    """Of the SAE in a local folder or a SAELens release; InputError, in one line, for what is wrong with it.
+
+    hook: which one is meant, where a file holds those of several hook points.
+    """
     folder = Path(spec)
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         config = read_json(folder / CONFIG, "SAE")
         if config.get("architecture", "standard") in _LINEAR and not config.get("use_error_term"):
             return OnDisk(folder, config)
-    return InMemory(load_dictionary(spec))
+    return InMemory(load_dictionary(spec, hook=hook))
 
 
 class InMemory(Directions):

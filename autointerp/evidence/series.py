@@ -42,7 +42,7 @@ def resolve(adapter: str, most: int) -> tuple[str, tuple[Checkpoint, ...]]:
     found = _below(Path(adapter))
     if not found:
         return adapter, ()
-    if _holds_adapter(Path(adapter)):
+    if adapters.format_of(Path(adapter)) is not None:
         found, final = _with_final(found, Path(adapter))
     else:
         final = found[-1]
@@ -75,10 +75,6 @@ def _below(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step or 0)
 
 
-def _holds_adapter(folder: Path) -> bool:
-    return any(form.matches(folder) for _, form in adapters.ADAPTERS.items())
-
-
 def _with_final(found: list[Checkpoint], folder: Path) -> tuple[list[Checkpoint], Checkpoint]:
     """The series with the adapter of `folder` in it: one of the checkpoints (the last, or the best, kept at the end of
     the training) where it has the same weights, else after them."""
@@ -93,8 +89,8 @@ def _with_final(found: list[Checkpoint], folder: Path) -> tuple[list[Checkpoint]
 
 def _weights(folder: Path) -> list[tuple[str, int, bytes]]:
     """Name, size and samples of each file of weights: those of two steps differ everywhere."""
-    form = next((form for _, form in adapters.ADAPTERS.items() if form.matches(folder)), None)
-    files = [file for file in form.files(folder) if file.suffix != ".json" and file.is_file()] if form else []
+    format = adapters.format_of(folder)
+    files = [file for file in format.files(folder) if file.suffix != ".json" and file.is_file()] if format else []
     return [(file.name, file.stat().st_size, b"".join(samples(file))) for file in files]
 
 

@@ -32,6 +32,8 @@ _TABLES = (
     "causal_latents",
     "transfer",
     "ngrams",
+    "checkpoints",
+    "course",
     "calls",
     "changed_latents",
 )
@@ -115,6 +117,10 @@ def latent_objects(store: Store, run_id: str) -> Iterator[dict[str, Any]]:
             )
             for name in ("scores", "writes", "contexts", "predictions")
         }
+        parts["course"] = store.read(
+            "SELECT * EXCLUDE (run_id, latent) FROM course WHERE run_id = ? AND latent = ? ORDER BY step NULLS LAST",
+            key,
+        )
         yield {**row, **label, **parts, **_checks(store, key)}
 
 

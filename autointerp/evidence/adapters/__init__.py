@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, View, detect, local_folder
+from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, View, detect, format_of, local_folder
 
-__all__ = ["ADAPTERS", "AdapterFormat", "View", "detect", "local_folder"]
+__all__ = ["ADAPTERS", "AdapterFormat", "View", "detect", "format_of", "local_folder"]

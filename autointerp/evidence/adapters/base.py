@@ -104,10 +104,9 @@ ADAPTERS: Registry[AdapterFormat] = Registry("adapter format", "autointerp.evide
 def detect(spec: str | Path) -> AdapterFormat:
     """The format of the adapter at a path or hub id, its files checked; InputError, in one line, otherwise."""
     folder = local_folder(spec)
-    for candidate in sorted((format for _, format in ADAPTERS.items()), key=lambda format: format.generic):
-        if candidate.matches(folder):
-            candidate.check(folder)
-            return candidate
+    if (found := format_of(folder)) is not None:
+        found.check(folder)
+        return found
     below = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
     below = below or sorted(file.parent for file in folder.glob("*/config.json"))
     hint = f"give --adapter {below[-1]}" if below else "give --adapter a PEFT folder or a checkpoint"
@@ -115,6 +114,12 @@ def detect(spec: str | Path) -> AdapterFormat:
         f"adapter {spec}: no adapter_config.json, nor config.json with weights, nor any other file of a format we read"
         f" ({', '.join(ADAPTERS.names())}); {hint}"
     )
+
+
+def format_of(folder: Path) -> AdapterFormat | None:
+    """The format that a folder looks like, its files unchecked; None if it looks like none."""
+    formats = sorted((format for _, format in ADAPTERS.items()), key=lambda format: format.generic)
+    return next((candidate for candidate in formats if candidate.matches(folder)), None)
 
 
 def local_folder(spec: str | Path) -> Path:
