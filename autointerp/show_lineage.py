@@ -28,7 +28,7 @@ def lineage(found: Lineage, console: Console | None = None) -> None:
     if found.chains:
         console.print(_table(found.chains))
         console.print(
-            Text("↔ each is the other's nearest, → the nearest; #: rank where selected; (label): carried", style="dim")
+            Text("↔ nearest both ways, → one way; #: rank where selected; (label): carried along", style="dim")
         )
     for at, _ in enumerate(found.layers):
         alone = [str(chain.members[0].latent) for chain in found.alone if chain.members[0].layer == at]

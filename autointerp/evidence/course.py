@@ -132,8 +132,8 @@ class Sample:
         limit = OUTLIER * float(torch.cat(norms).median())
         total, square, n = np.zeros(dictionary.d_sae), np.zeros(dictionary.d_sae), 0
         pieces: list[Piece] = []
-        for (batch, x, codes), norm in zip(read, norms, strict=True):
-            kept = norm <= limit
+        for norm in norms:
+            (batch, x, codes), kept = read.pop(0), norm <= limit  # popped: the stream is never held twice
             counted = batch.counted.clone()
             counted[batch.counted] = kept
             z = _rows(codes, kept.numpy())
