@@ -90,7 +90,7 @@ class Sample:
         for piece in pieces:
             for half, mine in enumerate((piece.fit, ~piece.fit)):
                 z = _rows(piece.z, mine)
-                self.n[half] += z.shape[0]
+                self.n[half] += np.count_nonzero(mine)
                 self.z[half] += np.asarray(z.sum(0)).ravel()
                 self.G[half] += (z.T @ z).toarray()
             square += np.asarray(piece.z.power(2).sum(0)).ravel()
@@ -137,7 +137,7 @@ class Sample:
             counted = batch.counted.clone()
             counted[batch.counted] = kept
             z = _rows(codes, kept.numpy())
-            n += z.shape[0]
+            n += int(kept.sum())
             total += np.asarray(z.sum(0)).ravel()
             square += np.asarray(z.power(2).sum(0)).ravel()
             fit = np.repeat(fit_rows(batch.orders), counted.sum(1).numpy())
