@@ -1,4 +1,5 @@
-"""The order of the work: run → select → collect → label → score → store. Read this file first.
+"""The order of the work: run → select → collect → label → score → store. Read this file first. Where the training left
+checkpoints, what was selected is followed over them before its contexts are collected.
 
 The two halves meet here and in the store: `Evidence` (tensors) writes selections and contexts, the labelers (language
 models or none) read them back. A run is found again by its id, so the same command goes on where the last one stopped.

@@ -36,16 +36,19 @@ def resolve(adapter: str, most: int) -> tuple[str, tuple[Checkpoint, ...]]:
     """Which adapter is meant by a path or hub id, and the checkpoints of its training, in the order of their steps.
 
     The adapter is what the folder itself holds, else its last checkpoint. It is always among the checkpoints, of which
-    there are at most `most`, evenly spaced; none where there is no series. InputError for a checkpoint that cannot be
-    read.
+    there are at most `most`, evenly spaced; none where there is no series. Folders with nothing of a format that we
+    read (an optimizer's shards, say) do not count. InputError for a damaged checkpoint.
     """
-    found = _below(Path(adapter))
-    if not found:
+    every = _below(Path(adapter))
+    if not every:
         return adapter, ()
+    found = [checkpoint for checkpoint in every if adapters.format_of(Path(checkpoint.path)) is not None]
     if adapters.format_of(Path(adapter)) is not None:
         found, final = _with_final(found, Path(adapter))
-    else:
+    elif found and found[-1] is every[-1]:
         final = found[-1]
+    else:
+        return every[-1].path, ()  # which whoever reads it will say
     chosen = evenly(found, most, found.index(final))
     if len(chosen) < 2:
         return final.path, ()

@@ -16,6 +16,7 @@ import pytest
 
 from autointerp import following, pipeline
 from autointerp.evidence.gather import Evidence
+from autointerp.store import Store
 from tests import tiny
 from tests.evidence.test_series import scaled
 
@@ -171,6 +172,17 @@ def test_ctrl_c_between_checkpoints(followed: World, tmp_path: Path, shell: Shel
     assert shell(*command).status == 0
     assert read(db, "SELECT status, stage FROM runs") == [{"status": "done", "stage": "select"}]
     assert read(db, COURSE) == read(followed.db, COURSE)
+
+
+def test_another_selection_begins_a_course_of_its_own(followed: World, tmp_path: Path, shell: Shell):
+    """As when a newer version selects otherwise: nothing of the old one is taken for the new one's."""
+    copied = followed.copy(tmp_path / "w")
+    with Store.open(copied.db) as store:
+        store.execute("UPDATE latents SET selected = true WHERE latent = 63")
+        store.execute("UPDATE course SET latent = 63 WHERE latent = (SELECT min(latent) FROM course)")
+        store.execute("UPDATE runs SET stage = NULL")
+    assert shell(*copied.args(run=copied.path / "out")).status == 0
+    assert read(copied.db, COURSE) == read(followed.db, COURSE)
 
 
 def test_a_checkpoint_of_another_model_is_passed_over(followed: World, shell: Shell, tmp_path: Path):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autointerp.errors import InputError
+from autointerp.evidence.adapters import detect
 from autointerp.evidence.series import STATE, evenly, resolve
 from tests import tiny
 
@@ -101,6 +102,17 @@ def test_a_checkpoint_that_was_cut_off_is_named(out: Path):
     with pytest.raises(InputError, match=r"checkpoint-10.*--checkpoints 0"):
         resolve(str(out), 20)
     assert found(out, 2)[1] == [SERIES[0], SERIES[2]], "one that is not read may be anything"
+
+
+def test_checkpoints_in_formats_that_nobody_reads(out: Path, gpt2_lora: Path, tmp_path: Path):
+    """Such as a sharded trainer's own: the adapter that was saved in the end is labelled all the same."""
+    for step in (2, 10, 100):
+        for file in (WEIGHTS, "adapter_config.json"):
+            (out / f"checkpoint-{step}" / file).unlink()
+    with pytest.raises(InputError, match=r"checkpoint-100: no adapter_config\.json"):
+        detect(resolve(str(out), 20)[0])
+    shutil.copytree(gpt2_lora, out, dirs_exist_ok=True)
+    assert found(out) == ("out", [])
 
 
 def test_whole_models(tmp_path: Path):
