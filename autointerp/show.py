@@ -164,6 +164,7 @@ def header(store: Store, run_id: str) -> Panel:
             ],
         ),
         ("weights", [_text(run["notes"])]),
+        ("assumed", [_text(run["assumed"])]),
     ]
     for name, parts in (*lines, *_selectors(store, run_id)):
         text = " · ".join(part for part in parts if part)

@@ -67,12 +67,29 @@ def _folder(path: Path) -> Path:
 DICTIONARIES.register("saelens")(SaeLensFolder())
 
 
+def listed(spec: str) -> bool:
+    """Whether SAELens' list has this `release/sae_id`."""
+    release, _, sae_id = spec.partition("/")
+    return bool(sae_id) and sae_id in _releases().get(release, {})
+
+
+def listed_like(release: str, sae_id: str) -> list[str]:
+    """Every `release/sae_id` of SAELens' list that contains both parts, each in its place."""
+    return [f"{name}/{key}" for name, keys in _releases().items() if release in name for key in keys if sae_id in key]
+
+
+def _releases() -> dict[str, dict[str, str]]:
+    """The sae_ids by release; part of the library, nothing is fetched."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return {name: release.saes_map for name, release in get_pretrained_saes_directory().items()}
+
+
 def load_release(spec: str, device: str, dtype: torch.dtype) -> Dictionary:
     """The dictionary `release/sae_id` of SAELens' list, or `owner/name/sae_id` on the hub; InputError if not."""
     from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    releases = get_pretrained_saes_directory()
+    releases = _releases()
     release, _, sae_id = spec.partition("/")
     if release not in releases:
         owner, _, rest = spec.partition("/")
@@ -83,8 +100,8 @@ def load_release(spec: str, device: str, dtype: torch.dtype) -> Dictionary:
                 f"SAE {spec}: no such folder, and no SAELens release of that name;"
                 " give --sae a folder or release/sae_id"
             )
-    elif sae_id not in releases[release].saes_map:
-        some = ", ".join(list(releases[release].saes_map)[:4])
+    elif sae_id not in releases[release]:
+        some = ", ".join(list(releases[release])[:4])
         raise InputError(f"SAE {spec}: the release {release} has no {sae_id!r}; it has {some} …")
     try:
         with warnings.catch_warnings():
