@@ -15,6 +15,7 @@ from autointerp.errors import InputError
 from autointerp.evidence.dictionaries.base import DICTIONARIES, Dictionary, Source, check_finite
 from autointerp.evidence.dictionaries.files import first_words
 from autointerp.evidence.dictionaries.kernels import Generic, Linear, Normalisation, TopK, gated, jumprelu, relu
+from autointerp.evidence.dictionaries.saelens_checkpoint import is_checkpoint, load_checkpoint
 from autointerp.evidence.sae_spec import hook_in_config
 
 if TYPE_CHECKING:
@@ -49,12 +50,15 @@ class SaeLensFolder:
         from sae_lens import SAE
 
         name, folder = source.name, _folder(source.path)
-        _check_config(name, folder / CONFIG)
+        config = _check_config(name, folder / CONFIG)
         _check_weights(name, folder / WEIGHTS)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                sae = SAE.load_from_disk(folder, device=device, dtype=_name_of(dtype))
+                if is_checkpoint(folder, config):
+                    sae = load_checkpoint(folder, config, name, device, _name_of(dtype))
+                else:
+                    sae = SAE.load_from_disk(folder, device=device, dtype=_name_of(dtype))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{name}: sae_lens cannot load it ({first_words(error)}); save it again") from error
         return from_sae(sae, name)
@@ -182,7 +186,7 @@ def _generic(sae: SAE[Any], weights: dict[str, torch.Tensor]) -> Dictionary:
 _KERNELS = {"standard": _standard, "jumprelu": _jumprelu, "gated": _gated, "topk": _topk}
 
 
-def _check_config(name: str, path: Path) -> None:
+def _check_config(name: str, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -192,6 +196,7 @@ def _check_config(name: str, path: Path) -> None:
     missing = [key for key in ("d_in", "d_sae") if not isinstance(config, dict) or not isinstance(config.get(key), int)]
     if missing:
         raise InputError(f"{name}: {CONFIG} has no {' and no '.join(missing)}; give --sae a SAE that SAELens saved")
+    return config
 
 
 def _check_weights(name: str, path: Path) -> None:
