@@ -90,7 +90,7 @@ def _handed_on(training: TrainingSAE[Any]) -> SAE[Any]:
     config = training.cfg.get_inference_sae_cfg_dict()
     state = dict(training.state_dict())
     training.process_state_dict_for_saving_inference(state)
-    kind = SAE.get_sae_class_for_architecture(config["architecture"])
+    kind: Any = SAE.get_sae_class_for_architecture(config["architecture"])
     made = kind(SAE.get_sae_config_class_for_architecture(config["architecture"]).from_dict(config))
     made.process_state_dict_for_loading(state)
     made.load_state_dict(state, assign=True)
