@@ -36,6 +36,8 @@ class Directions(ABC):
     hook: str | None
     layer_norm: bool = False
     """Whether the encoder sees each activation centred, so that its columns have no mean."""
+    relative_norm: Tensor | None = None
+    """As the dictionary has it."""
 
     @abstractmethod
     def encoder_blocks(self) -> Iterator[Block]:
@@ -72,6 +74,7 @@ class InMemory(Directions):
         )
         self._encoder = dictionary.W_dec.T if dictionary.W_enc is None else dictionary.W_enc
         self._decoder = dictionary.W_dec
+        self.relative_norm = dictionary.relative_norm
 
     def encoder_blocks(self) -> Iterator[Block]:
         return ((at, self._encoder[:, at].float().cpu()) for at in _slices(self.m))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ as for many."""
 _MASK = (1 << 64) - 1
 
 
+class JointCodes(NamedTuple):
+    """What a crosscoder, which encodes both models at once, says of a batch."""
+
+    z: csr_matrix
+    """[n, m] float32."""
+    read_base: np.ndarray
+    """By which each latent is looked for in x_base [m, d]."""
+    read_adapted: np.ndarray
+    """By which it is looked for in x_adapted [m, d]."""
+
+
 @dataclass(frozen=True)
 class PairedCodes:
     """Counted tokens of one batch on both sides. n tokens, d residual width, m latents."""
@@ -54,6 +65,8 @@ class PairedCodes:
     """Part of its sequence that each token stands in, [n], 0 … N_PLACES − 1; see `place_of`."""
     looked_up: np.ndarray | float = 0.0
     """What the dictionary's lookup adds to the reconstruction of each token [n, d]."""
+    joint: JointCodes | None = None
+    """Of a crosscoder, where an extra asks for it."""
 
 
 def place_of(position: np.ndarray, piece: int) -> np.ndarray:

@@ -103,6 +103,8 @@ class Dictionary(ABC):
     """Whether activations can be negative."""
     normalised: bool = False
     """Whether x is rescaled token by token before it is encoded."""
+    relative_norm: Tensor | None = None
+    """‖d_adapted‖ / (‖d_base‖ + ‖d_adapted‖) of each latent [m]; None unless it has a decoder for both models."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
