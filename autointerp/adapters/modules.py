@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autointerp.errors import InputError
 from autointerp.evidence.dictionaries import Dictionary
+from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
 
 ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
 
@@ -48,6 +49,7 @@ class OnLatents(HookAdapter):
         super().__init__()
         if dictionary.normalised:
             raise InputError(f"{dictionary.format}: normalises each token; adapters need latents in the units of x")
+        refuse_transcoder(dictionary, "an adapter on latents")
         self.dictionary, self.m, self.d = dictionary, dictionary.d_sae, dictionary.d_in
         self._device = dictionary.W_dec.device
 

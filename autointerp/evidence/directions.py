@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autointerp.errors import InputError
 from autointerp.evidence.dictionaries.base import Dictionary, load_dictionary
+from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
 from autointerp.evidence.tensor_files import all_finite
 from autointerp.evidence.weight_files import check_header, not_finite, read_json
 
@@ -66,6 +67,7 @@ class InMemory(Directions):
     """Of a dictionary that is loaded."""
 
     def __init__(self, dictionary: Dictionary):
+        refuse_transcoder(dictionary, "reading the weights alone")
         self.d, self.m, self.format, self.hook = (
             dictionary.d_in,
             dictionary.d_sae,

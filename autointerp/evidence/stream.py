@@ -32,17 +32,19 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PairedBatch:
-    """A batch with its activations; b sequences of t positions."""
+    """A batch with its activations; b sequences of t positions. Of a transcoder, x = [v | u] (transcoder.py)."""
 
     batch: Batch
     x_base: torch.Tensor
     """[b, t, d]."""
     x_adapted: torch.Tensor
     """[b, t, d]."""
+    d: int
+    """Width of what the change is read from, which comes first."""
 
     def norms(self) -> torch.Tensor:
         """‖x_base‖ [b, t], float32."""
-        return self.x_base.float().norm(dim=-1).cpu()
+        return self.x_base[..., : self.d].float().norm(dim=-1).cpu()
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def joint_codes(dictionary: Dictionary, x_base: torch.Tensor, x_adapted: torch.T
 
 def read(model: PairedModel, batch: Batch) -> PairedBatch:
     """The batch with its activations on both sides."""
-    return PairedBatch(batch, *model.activations(batch.ids))
+    return PairedBatch(batch, *model.activations(batch.ids), model.d_model)
 
 
 def median_norm(batches: list[PairedBatch]) -> float:
@@ -161,15 +163,18 @@ def encoded(
     x_base = paired.x_base.flatten(0, 1)[rows].float()
     x_adapted = paired.x_adapted.flatten(0, 1)[rows].float()
     position = batch.positions[counted].numpy()
+    looked_up = 0.0 if dictionary.lookup is None else dictionary.lookup[batch.ids[counted]].float().cpu().numpy()
+    beside = [side if side is None else side.cpu().numpy() for side in map(dictionary.beside, (x_base, x_adapted))]
     codes = PairedCodes(
         base=to_codes(dictionary, x_base),
         adapted=to_codes(dictionary, x_adapted),
-        x_base=x_base.cpu().numpy(),
-        x_adapted=x_adapted.cpu().numpy(),
+        x_base=x_base[:, : paired.d].cpu().numpy(),
+        x_adapted=x_adapted[:, : paired.d].cpu().numpy(),
         order=np.repeat(batch.orders, counted.sum(1).numpy()),
         position=position,
         place=place_of(position, piece),
-        looked_up=0.0 if dictionary.lookup is None else dictionary.lookup[batch.ids[counted]].float().cpu().numpy(),
+        looked_up=looked_up if beside[0] is None else beside[0],
+        looked_up_adapted=beside[1],
         joint=joint_codes(dictionary, x_base, x_adapted) if joint else None,
     )
     return CodedBatch(batch, counted, paired.x_base.cpu(), paired.x_adapted.cpu(), codes)
@@ -238,7 +243,7 @@ class _Pass:
             first = np.repeat([start for _, _, start in place] - stretch.bounds[:-1], lengths)
             position = (first + np.arange(len(counted)))[counted]
             x_base = stretch.x_base[torch.from_numpy(counted)].float()
-            change = (stretch.x_adapted[torch.from_numpy(counted)].float() - x_base).numpy()
+            change = (stretch.x_adapted[torch.from_numpy(counted)].float() - x_base)[:, :d].numpy()
             z = to_codes(self.dictionary, x_base.to(self.dictionary.W_dec.device))
             if self.screen.done:
                 self.statistics.map(z, change, order, position, place_of(position, self.piece))
