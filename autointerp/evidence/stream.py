@@ -36,11 +36,11 @@ class PairedBatch:
 
     batch: Batch
     x_base: torch.Tensor
-    """[b, t, d]."""
+    """[b, t, width]; see `PairedModel.width`."""
     x_adapted: torch.Tensor
-    """[b, t, d]."""
+    """[b, t, width]."""
     d: int
-    """Width of what the change is read from, which comes first."""
+    """Width of v, from which the change is read."""
 
     def norms(self) -> torch.Tensor:
         """‖x_base‖ [b, t], float32."""
@@ -55,9 +55,8 @@ class CodedBatch:
     counted: torch.Tensor
     """`Batch.counted` without outliers of the norm [b, t]."""
     x_base: torch.Tensor
-    """[b, t, d], as `PairedBatch` has it."""
+    """As `PairedBatch` has it."""
     x_adapted: torch.Tensor
-    """[b, t, d]."""
     codes: PairedCodes
 
 
