@@ -295,6 +295,8 @@ async def select_and_store(
     """Measures, selects and stores both; nothing is written before the selection stands."""
     from autointerp.evidence.selection import Selection
 
+    if assumed := _assumed(job.run):
+        reporter.say(f"adapter {job.run.adapter}: {assumed}")
     selection, writes = await asyncio.to_thread(_selection, evidence, stop, reporter)
     units = await asyncio.to_thread(evidence.units)
     decoder = await asyncio.to_thread(evidence.decoder_tokens)
@@ -349,6 +351,13 @@ async def _store_known(run_id: str, evidence: Evidence, store: Store) -> None:
     await store.aflush()
 
 
+def _assumed(run: Run) -> str | None:
+    """What the run takes for granted because the files of its adapter do not say it."""
+    from autointerp.evidence.adapters import ADAPTERS
+
+    return ADAPTERS.get(run.adapter_format).assumed(run.adapter)
+
+
 def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
     from autointerp.evidence.gather import library_versions
 
@@ -364,6 +373,7 @@ def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
             name: getattr(run, name)
             for name in ("base", "adapter", "adapter_format", "adapter_sha256", "sae", "corpus")
         },
+        "assumed": _assumed(run),
         "hook": run.hook,
         **evidence.shape,
         "selector": run.settings.selector[0],

@@ -111,7 +111,7 @@ def latent(
     console.print(Panel(_statistics(evidence), title=Text(title), title_align="left", border_style="dim"))
     for row in labels:
         console.print(_label(row, [score for score in scores if score["labeler"] == row["labeler"]]))
-    for line in latent_lines(store, run_id, latent):
+    for line in (*_shared(store, key), *latent_lines(store, run_id, latent)):
         console.print(Text(line))
     for course in courses(store, run_id, latent).values():
         console.print(_heading("over the training"))
@@ -124,6 +124,16 @@ def latent(
         if contexts:
             console.print(_heading(f"{kind}: {meaning} (peak activation base → adapted)"))
             console.print(_contexts(contexts[:per_kind], coloured=console.color_system is not None))
+
+
+def _shared(store: Store, key: Sequence[object]) -> list[str]:
+    """How a crosscoder's two decoders share the latent, in a line; the bounds are the literature's."""
+    rows = store.read("SELECT relative_norm FROM latents WHERE run_id = ? AND latent = ?", key)
+    if not rows or (share := rows[0]["relative_norm"]) is None:
+        return []
+    words = {0.1: "in the base model alone", 0.4: "more in the base model", 0.6: "shared", 0.9: "more in the adapted"}
+    whose = next((word for bound, word in words.items() if share <= bound), "in the adapted model alone")
+    return [f"decoder norms {1 - share:.0%} base, {share:.0%} adapted · {whose}"]
 
 
 def header(store: Store, run_id: str) -> Panel:
@@ -172,6 +182,7 @@ def header(store: Store, run_id: str) -> Panel:
         ),
         ("training", header_parts(store, run_id)),
         ("weights", [_text(run["notes"])]),
+        ("assumed", [_text(run["assumed"])]),
     ]
     for name, parts in (*lines, *_selectors(store, run_id)):
         text = " · ".join(part for part in parts if part)

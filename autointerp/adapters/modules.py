@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autointerp.errors import InputError
 from autointerp.evidence.dictionaries import Dictionary
+from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
 
 ACTIVATIONS = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "tanh": torch.tanh}
 
@@ -41,13 +42,14 @@ class HookAdapter(nn.Module, ABC):
         return {}
 
 
-class _OnLatents(HookAdapter):
+class OnLatents(HookAdapter):
     """An adapter in the basis of a dictionary, which is not trained and not saved with it."""
 
     def __init__(self, dictionary: Dictionary):
         super().__init__()
         if dictionary.normalised:
             raise InputError(f"{dictionary.format}: normalises each token; adapters need latents in the units of x")
+        refuse_transcoder(dictionary, "an adapter on latents")
         self.dictionary, self.m, self.d = dictionary, dictionary.d_sae, dictionary.d_in
         self._device = dictionary.W_dec.device
 
@@ -62,7 +64,7 @@ class _OnLatents(HookAdapter):
         return nn.Parameter(torch.randn(*shape, device=self._device) / shape[-1] ** 0.5)
 
 
-class Bias(_OnLatents):
+class Bias(OnLatents):
     """z + b: a learned steering pattern."""
 
     kind = "bias"
@@ -78,7 +80,7 @@ class Bias(_OnLatents):
         return bool(self.bias.any())
 
 
-class Scaling(_OnLatents):
+class Scaling(OnLatents):
     """z · (1 + s)."""
 
     kind = "scaling"
@@ -94,7 +96,7 @@ class Scaling(_OnLatents):
         return bool(self.scale.any())
 
 
-class Ffnn(_OnLatents):
+class Ffnn(OnLatents):
     """z + W_out φ(W_in z + b_in) + b_out; W_in [h, m], W_out [m, h]."""
 
     kind = "ffnn"
@@ -116,7 +118,7 @@ class Ffnn(_OnLatents):
         return {"hidden": self.hidden, "activation": self.activation}
 
 
-class LowRank(_OnLatents):
+class LowRank(OnLatents):
     """z + W_out W_in z; W_in [r, m], W_out [m, r]."""
 
     kind = "low_rank"
@@ -136,7 +138,7 @@ class LowRank(_OnLatents):
         return {"hidden": self.hidden}
 
 
-class SparseLinear(_OnLatents):
+class SparseLinear(OnLatents):
     """z[outputs] + W z[inputs], W [n_outputs, n_inputs]: chosen latents to chosen latents. Call `shrink` after each
     optimizer step, so that weights become exactly zero."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autointerp.errors import InputError
 from autointerp.evidence.dictionaries.base import Dictionary, load_dictionary
+from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
 from autointerp.evidence.tensor_files import all_finite
 from autointerp.evidence.weight_files import check_header, not_finite, read_json
 
@@ -36,6 +37,8 @@ class Directions(ABC):
     hook: str | None
     layer_norm: bool = False
     """Whether the encoder sees each activation centred, so that its columns have no mean."""
+    relative_norm: Tensor | None = None
+    """As the dictionary has it."""
 
     @abstractmethod
     def encoder_blocks(self) -> Iterator[Block]:
@@ -67,6 +70,7 @@ class InMemory(Directions):
     """Of a dictionary that is loaded."""
 
     def __init__(self, dictionary: Dictionary):
+        refuse_transcoder(dictionary, "reading the weights alone")
         self.d, self.m, self.format, self.hook = (
             dictionary.d_in,
             dictionary.d_sae,
@@ -75,6 +79,7 @@ class InMemory(Directions):
         )
         self._encoder = dictionary.W_dec.T if dictionary.W_enc is None else dictionary.W_enc
         self._decoder = dictionary.W_dec
+        self.relative_norm = dictionary.relative_norm
 
     def encoder_blocks(self) -> Iterator[Block]:
         return ((at, self._encoder[:, at].float().cpu()) for at in _slices(self.m))

@@ -19,6 +19,9 @@ SETTLE_AT = 1 << 20
 class Extra(ABC):
     """Sums of one kind over counted tokens. `a + b` is the sums of both sets of tokens, whatever the split."""
 
+    joint: bool = False
+    """Whether it wants `PairedCodes.joint` where the dictionary has it."""
+
     def __init__(self, m: int):
         """m latents in the dictionary."""
         self.m = m
@@ -115,21 +118,29 @@ class DocumentSums(Extra):
 
 
 class ScalingSums(Extra):
-    """Σ f² and Σ f⟨d, x⟩ on both sides, with f = z of the base model: what latent scaling is made of. [m] each."""
+    """Σ f² and Σ f⟨d, x⟩ on both sides, and the tokens where f > 0: what latent scaling is made of. [m] each.
+
+    f is z of the base model and d the decoder row; of a crosscoder, f is its own code of both models, d as `JointCodes`
+    has it.
+    """
+
+    joint = True
 
     def __init__(self, m: int):
         super().__init__(m)
-        self.square, self.base, self.adapted = np.zeros((3, m))
+        self.square, self.base, self.adapted, self.fired = np.zeros((4, m))
 
     def add(self, codes: PairedCodes, W_dec: np.ndarray) -> None:
-        latents = np.unique(codes.base.indices)
-        f = codes.base[:, latents].T.tocsr()
+        z, read_base, read_adapted = codes.joint or (codes.base, W_dec, W_dec)
+        latents = np.unique(z.indices)
+        f = z[:, latents].T.tocsr()
         self.square[latents] += np.asarray(f.multiply(f).sum(1), dtype=np.float64).ravel()
-        self.base[latents] += np.einsum("kd,kd->k", f @ codes.x_base, W_dec[latents], dtype=np.float64)
-        self.adapted[latents] += np.einsum("kd,kd->k", f @ codes.x_adapted, W_dec[latents], dtype=np.float64)
+        self.fired[latents] += np.asarray((f > 0).sum(1)).ravel()
+        self.base[latents] += np.einsum("kd,kd->k", f @ codes.x_base, read_base[latents], dtype=np.float64)
+        self.adapted[latents] += np.einsum("kd,kd->k", f @ codes.x_adapted, read_adapted[latents], dtype=np.float64)
 
     def __add__(self, other: ScalingSums) -> ScalingSums:
         result = ScalingSums(self.m)
-        for name in ("square", "base", "adapted"):
+        for name in ("square", "base", "adapted", "fired"):
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result

@@ -21,6 +21,7 @@ from autointerp.evidence.collector import collect
 from autointerp.evidence.corpus import Corpus, adds_bos, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
+from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
 from autointerp.evidence.directions import InMemory
 from autointerp.evidence.documents import DocumentSource
 from autointerp.evidence.fitted import FittedMap
@@ -101,9 +102,12 @@ class Evidence:
         device = str(torch_device(run.settings.device))
         dictionary = load_dictionary(run.sae, device, hook=run.hook)
         run = run.with_hook(dictionary.hook)
+        for name in run.settings.selector:
+            if "gradients" in needs_of([name]):
+                refuse_transcoder(dictionary, f"--selector {name}")
         given = _load_given(run, dictionary, documents, device)
         if pair is not None and tokenizer is not None:
-            model = PairedModel(pair, run.hook or "", tokenizer)
+            model = PairedModel(pair, run.hook or "", tokenizer, dictionary.hook_in)
         else:
             model = PairedModel.load(
                 run.adapter,
@@ -152,7 +156,7 @@ class Evidence:
 
     def _measure(self, progress: Progress) -> Measured:
         settings = self.run.settings
-        spool = self._open.enter_context(Spool(self.model.d_model, self.model.dtype, settings.scratch))
+        spool = self._open.enter_context(Spool(self.model.width, self.model.dtype, settings.scratch))
         screen = Screen(
             self.dictionary.d_sae, self.model.d_model, max(MIN_SCREEN_TOKENS, self.run.max_tokens // SCREEN_SHARE)
         )
@@ -182,6 +186,8 @@ class Evidence:
         """The adapter's components, where it is of low rank, by the latents they read or write."""
         from autointerp.evidence.weights_evidence import units_of
 
+        if self.dictionary.hook_in is not None:  # what reads and what is written are not of one stream
+            return []
         return units_of(self.run, InMemory(self.dictionary))
 
     def decoder_tokens(self) -> list[DecoderToken]:

@@ -19,6 +19,8 @@ from autointerp.errors import InputError
 
 POINTS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 """The hook points of a block, in the order in which a sequential block computes them."""
+OF_MLP = ("hook_mlp_in", "mlp.hook_in", "mlp.hook_out")
+"""Further points, of transcoders: the stream before the MLP's norm, what the MLP reads, and what it gives."""
 MID = "hook_resid_mid"
 """Stands among a block's children for the stream between its halves, where adapters may act that change no module."""
 
@@ -127,12 +129,19 @@ class Layout:
                 f"hook {name}: TransformerLens names are known for {', '.join(FAMILIES)}, not for {self.model_type};"
                 f" give --hook a module path of the model, e.g. {self.blocks}.{min(layer, self.n_layers - 1)}"
             )
-        if point not in POINTS:
+        if point == "ln2.hook_normalized":
+            raise InputError(
+                f"hook {name}: with or without the norm's own weights, by the settings of TransformerLens; name"
+                f" blocks.{layer}.mlp.hook_in, what the MLP reads, if they are in it"
+            )
+        if point not in POINTS and point not in OF_MLP:
             raise InputError(f"hook {name}: no point {point}; choose one of {', '.join(POINTS)}")
         if layer >= self.n_layers:
             raise InputError(
                 f"hook {name}: the model has {self.n_layers} layers; the last is blocks.{self.n_layers - 1}.{point}"
             )
+        if point in OF_MLP:
+            return self._of_mlp(name, layer, point)
         if not self._has(point):
             raise InputError(
                 f"hook {name}: attention and MLP of this {self.model_type} read the same stream, no point lies between;"
@@ -165,6 +174,15 @@ class Layout:
                 return HookPoint(name, f"{block}.{mlp[-1]}", "output", layer, self._upto(mlp[-1]))
             case _:
                 return HookPoint(name, block, "output", layer, None, on_stream=True)
+
+    def _of_mlp(self, name: str, layer: int, point: str) -> HookPoint:
+        assert self.family
+        if point == "hook_mlp_in":  # the stream before the norm
+            return self._point(name, layer, "hook_resid_pre" if self.parallel else "hook_resid_mid")
+        path, reads = f"{self.blocks}.{layer}.mlp", point == "mlp.hook_in"
+        return HookPoint(
+            name, path, "input" if reads else "output", layer, self._upto(self.family.mlp[0] if reads else "mlp")
+        )
 
     def _upto(self, child: str) -> tuple[str, ...] | None:
         """Children of a block that the output of `child` depends on, itself among them; None when that is not known."""

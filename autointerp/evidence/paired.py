@@ -34,10 +34,14 @@ class _Reached(Exception):
 class PairedModel:
     """A base model and its adapted self, read at one hook point. For one thread at a time: see `replica`."""
 
-    def __init__(self, pair: ModelPair, hook: str | HookPoint, tokenizer: Tokenizer):
-        """InputError for a hook that the model does not have, or a tokenizer with more tokens than it embeds."""
+    def __init__(self, pair: ModelPair, hook: str | HookPoint, tokenizer: Tokenizer, hook_in: str | None = None):
+        """InputError for a hook that the model does not have, or a tokenizer with more tokens than it embeds.
+
+        hook_in: a second hook point, before the first: what is there stands behind what is at the first, [v | u].
+        """
         self.pair = pair
         self.hook = hook if isinstance(hook, HookPoint) else resolve(hook, pair.model)
+        self.hook_in = None if hook_in is None else _before(resolve(hook_in, pair.model), self.hook)
         self.tokenizer = tokenizer
         self._config = pair.model.config.get_text_config()
         self.n_layers = pair.layout.n_layers
@@ -65,13 +69,15 @@ class PairedModel:
     ) -> PairedModel:
         """The pair of an adapter and its base, by path or hub id. The hook is checked before any weights are read.
 
-        `dictionary`, loaded from `sae`, serves an adapter that acts on its latents.
+        `dictionary`, loaded from `sae`, serves an adapter that acts on its latents, and says what else is read.
         """
         found = adapters.detect(adapter)
-        resolve(hook, load_config(base))
+        hook_in = None if dictionary is None else dictionary.hook_in
+        for name in (hook, *([hook_in] if hook_in else [])):
+            resolve(name, load_config(base))
         tokenizer = load_tokenizer(base, adapters.local_folder(adapter))
         view = adapters.View(hook, sae, dictionary)
-        return cls(found.load_for(adapter, str(base), view, dtype=dtype, device=device), hook, tokenizer)
+        return cls(found.load_for(adapter, str(base), view, dtype=dtype, device=device), hook, tokenizer, hook_in)
 
     def with_adapter(self, adapter: str, base: str, sae: str | None, dictionary: Dictionary | None) -> PairedModel:
         """The same base with another adapter, over the same weights where the adapter's kind allows. As `load`."""
@@ -89,6 +95,11 @@ class PairedModel:
         other = copy.copy(self)
         other.pair = self.pair.replica()
         return other
+
+    @property
+    def width(self) -> int:
+        """Numbers in an activation as it is read: d, or 2 d with a second hook."""
+        return self.d_model * (1 if self.hook_in is None else 2)
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +123,7 @@ class PairedModel:
 
     @torch.inference_mode()
     def activations(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_base, x_adapted) at the hook, each [b, t, d] in the model's dtype, of token ids [b, t], right-padded.
+        """(x_base, x_adapted) at the hook, each [b, t, width] in the model's dtype, of token ids [b, t], right-padded.
 
         Both are one tensor where no change reaches the hook; do not write into them. InputError for sequences longer
         than the model's positions.
@@ -124,7 +135,7 @@ class PairedModel:
         if not any(self.hook.sees(*place) for place in self.pair.changed_places):
             return x_base, x_base
         with self.pair.adapted() as model, self._passed_over(model, n_shared, shared):
-            x_adapted, _ = self._read(model, ids)
+            x_adapted, _ = self._read(model, ids, known=x_base)
         return x_base, x_adapted
 
     @torch.inference_mode()
@@ -221,16 +232,36 @@ class PairedModel:
         first = self.pair.first_changed_layer
         return self.n_layers if first is None else max(first, 0)
 
-    def _read(self, model: PreTrainedModel, ids: Tensor, n_kept: int = 0) -> tuple[Tensor, Any]:
-        """Activations [b, t, d] at the hook, and the output of block n_kept − 1 if the pass got there."""
-        with self._kept(model, n_kept) as kept, self._watched(model) as seen:
+    def _read(
+        self, model: PreTrainedModel, ids: Tensor, n_kept: int = 0, known: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Activations [b, t, width] at the hook, and the output of block n_kept − 1 if the pass got there. `known`: the
+        same of the other side, for a second hook in a block that is passed over, where both sides agree."""
+        with self._kept(model, n_kept) as kept, self._entering(model) as read, self._watched(model) as seen:
             try:
                 model(ids, use_cache=False)
             except _Reached:
-                return seen[0], kept.get("block")
+                if self.hook_in is None:
+                    return seen[0], kept.get("block")
+                u = read[0] if read else None if known is None else known[..., self.d_model :]
+                if u is not None:
+                    return torch.cat([seen[0], u], dim=-1), kept.get("block")
+                raise InputError(f"hook {self.hook_in.name}: the model calls {self.hook.name} without it") from None
         raise InputError(
             f"hook {self.hook.name}: the model never calls this module; name another, e.g. {self._block_path(0)}"
         )
+
+    @contextmanager
+    def _entering(self, model: PreTrainedModel) -> Iterator[list[Tensor]]:
+        """Records what is at the second hook, if there is one."""
+        read: list[Tensor] = []
+
+        def keep(x: Tensor) -> Tensor:
+            read.append(x)
+            return x
+
+        with nullcontext() if self.hook_in is None else patched(model, self.hook_in, keep):
+            yield read
 
     @contextmanager
     def _watched(self, model: PreTrainedModel) -> Iterator[list[Tensor]]:
@@ -284,6 +315,16 @@ class PairedModel:
                 " --context-length"
             )
         return ids.to(self.device)
+
+
+def _before(hook_in: HookPoint, hook: HookPoint) -> HookPoint:
+    """`hook_in`, which must lie before `hook`, off the stream, where a second activation can mean something."""
+    if hook.on_stream or hook_in.layer > hook.layer:
+        raise InputError(
+            f"hook {hook.name}: a transcoder that reads {hook_in.name} writes at an MLP's or attention's output, before"
+            " it is added to the stream; give --hook such a point"
+        )
+    return hook_in
 
 
 @contextmanager

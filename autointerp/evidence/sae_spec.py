@@ -9,6 +9,8 @@ from pathlib import Path
 from autointerp.errors import InputError
 
 _BLOCK = re.compile(r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:layers|h|blocks)\.(\d+)")
+_HOOK_KEYS = ("hook_name_out", "hook_name", "hook_point")
+"""A transcoder's change is read where it writes."""
 _SAID = re.compile(r"\w+=[^&=#]+(?:&\w+=[^&=#]+)*")
 
 
@@ -47,5 +49,5 @@ def hook_in_config(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     places = [config, config.get("metadata")] if isinstance(config, dict) else []
-    names = [place.get(key) for place in places if isinstance(place, dict) for key in ("hook_name", "hook_point")]
+    names = [place.get(key) for place in places if isinstance(place, dict) for key in _HOOK_KEYS]
     return next((name for name in names if isinstance(name, str)), None)

@@ -150,10 +150,13 @@ def select(
         rankings = {name: cut(ranking, fitted.coverage(ranking.latents)) for name, ranking in rankings.items()}
     ranking = rankings[selector]
     curve = fitted.coverage(ranking.latents)
+    shared = None if given is None or given.dictionary is None else given.dictionary.relative_norm
     return Selection(
         latents=ranking.latents,
         roles=ranking.roles,
-        columns=_foreign(rankings) | _columns(measured, fitted, ranking, curve),
+        columns=_foreign(rankings)
+        | _columns(measured, fitted, ranking, curve)
+        | ({} if shared is None else {"relative_norm": shared.double().cpu().numpy()}),
         figures=_figures(measured, fitted, ranking, curve, seed),
         fitted=fitted,
         rankings=rankings,

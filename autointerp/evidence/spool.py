@@ -57,7 +57,8 @@ class Spool:
     """Written once, then read any number of times; the files vanish when it is closed or the process dies."""
 
     def __init__(self, d: int, dtype: torch.dtype, folder: Path | None = None):
-        """d residual width; `folder` is where the temporary files go (the system's temporary folder when None)."""
+        """d: numbers in an activation (`PairedModel.width`); `folder` is where the temporary files go (the system's
+        temporary folder when None)."""
         self.d, self.dtype = d, dtype
         self._streams = open_scratch(folder)
         self._lock = threading.Lock()

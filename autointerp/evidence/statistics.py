@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,17 @@ as for many."""
 _MASK = (1 << 64) - 1
 
 
+class JointCodes(NamedTuple):
+    """What a crosscoder, which encodes both models at once, says of a batch."""
+
+    z: csr_matrix
+    """[n, m] float32."""
+    read_base: np.ndarray
+    """By which each latent is looked for in x_base [m, d]."""
+    read_adapted: np.ndarray
+    """By which it is looked for in x_adapted [m, d]."""
+
+
 @dataclass(frozen=True)
 class PairedCodes:
     """Counted tokens of one batch on both sides. n tokens, d residual width, m latents."""
@@ -53,7 +64,11 @@ class PairedCodes:
     place: np.ndarray
     """Part of its sequence that each token stands in, [n], 0 … N_PLACES − 1; see `place_of`."""
     looked_up: np.ndarray | float = 0.0
-    """What the dictionary's lookup adds to the reconstruction of each token [n, d]."""
+    """What the dictionary's lookup, or a skip connection, adds to the reconstruction of each token [n, d]."""
+    looked_up_adapted: np.ndarray | float | None = None
+    """The same of the adapted side; None where it is the same number."""
+    joint: JointCodes | None = None
+    """Of a crosscoder, where an extra asks for it."""
 
 
 def place_of(position: np.ndarray, piece: int) -> np.ndarray:
@@ -127,7 +142,8 @@ class StreamMoments:
         """Adds one batch and returns Δx [n, d]."""
         change = codes.x_adapted - codes.x_base
         error_base = codes.x_base - b_dec - codes.looked_up - codes.base @ W_dec
-        error_adapted = codes.x_adapted - b_dec - codes.looked_up - codes.adapted @ W_dec
+        beside = codes.looked_up if codes.looked_up_adapted is None else codes.looked_up_adapted
+        error_adapted = codes.x_adapted - b_dec - beside - codes.adapted @ W_dec
         self.sum_base += codes.x_base.sum(0, dtype=np.float64)
         self.sum_adapted += codes.x_adapted.sum(0, dtype=np.float64)
         self.sum_change += change.sum(0, dtype=np.float64)

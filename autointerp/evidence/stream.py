@@ -11,13 +11,14 @@ import torch
 from scipy.sparse import csr_matrix
 
 from autointerp.evidence.corpus import Batch, Corpus
-from autointerp.evidence.dictionaries.base import Dictionary
+from autointerp.evidence.dictionaries.base import ActiveLatents, Dictionary
+from autointerp.evidence.dictionaries.crosscoder import Crosscoder
 from autointerp.evidence.extras import Extra
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import in_order
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
-from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
+from autointerp.evidence.statistics import ChangeStatistics, JointCodes, PairedCodes, place_of
 
 OUTLIER = 10.0
 """Tokens whose ‖x_base‖ exceeds this many medians are attention sinks, not text: left out on both sides."""
@@ -31,17 +32,19 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class PairedBatch:
-    """A batch with its activations; b sequences of t positions."""
+    """A batch with its activations; b sequences of t positions. Of a transcoder, x = [v | u] (transcoder.py)."""
 
     batch: Batch
     x_base: torch.Tensor
-    """[b, t, d]."""
+    """[b, t, width]; see `PairedModel.width`."""
     x_adapted: torch.Tensor
-    """[b, t, d]."""
+    """[b, t, width]."""
+    d: int
+    """Width of v, from which the change is read."""
 
     def norms(self) -> torch.Tensor:
         """‖x_base‖ [b, t], float32."""
-        return self.x_base.float().norm(dim=-1).cpu()
+        return self.x_base[..., : self.d].float().norm(dim=-1).cpu()
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,8 @@ class CodedBatch:
     counted: torch.Tensor
     """`Batch.counted` without outliers of the norm [b, t]."""
     x_base: torch.Tensor
-    """[b, t, d], as `PairedBatch` has it."""
+    """As `PairedBatch` has it."""
     x_adapted: torch.Tensor
-    """[b, t, d]."""
     codes: PairedCodes
 
 
@@ -73,21 +75,35 @@ class Measured:
 
 def to_codes(dictionary: Dictionary, x: torch.Tensor) -> csr_matrix:
     """z [n, m] of x [n, d] as a sparse matrix, encoded ENCODE_ROWS tokens at a time."""
+    return _sparse(((len(rows), dictionary.encode_active(rows)) for rows in x.split(ENCODE_ROWS)), dictionary.d_sae)
+
+
+def _sparse(parts: Iterable[tuple[int, ActiveLatents]], m: int) -> csr_matrix:
+    """z [n, m] of the active latents of some tokens after the other; how many tokens stands with each part."""
     lengths, columns, values = [np.zeros(1, np.int64)], [], []
-    for rows in x.split(ENCODE_ROWS):
-        token, latent, value = dictionary.encode_active(rows)
-        lengths.append(np.bincount(token.cpu().numpy(), minlength=len(rows)))
+    for n, (token, latent, value) in parts:
+        lengths.append(np.bincount(token.cpu().numpy(), minlength=n))
         columns.append(latent.cpu().numpy())
         values.append(value.float().cpu().numpy())
     indptr = np.cumsum(np.concatenate(lengths))
     indices = np.concatenate(columns) if columns else np.zeros(0, np.int64)
     data = np.concatenate(values) if values else np.zeros(0, np.float32)
-    return csr_matrix((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=(len(x), dictionary.d_sae))
+    shape = (len(indptr) - 1, m)
+    return csr_matrix((data, indices.astype(np.int32), indptr.astype(np.int32)), shape=shape)
+
+
+def joint_codes(dictionary: Dictionary, x_base: torch.Tensor, x_adapted: torch.Tensor) -> JointCodes | None:
+    """What a crosscoder says of x_base and x_adapted [n, d]; None for other dictionaries."""
+    if not isinstance(dictionary, Crosscoder):
+        return None
+    rows = zip(x_base.split(ENCODE_ROWS), x_adapted.split(ENCODE_ROWS), strict=True)
+    z = _sparse(((len(base), dictionary.encode_both(base, adapted)) for base, adapted in rows), dictionary.d_sae)
+    return JointCodes(z, *dictionary.directions)
 
 
 def read(model: PairedModel, batch: Batch) -> PairedBatch:
     """The batch with its activations on both sides."""
-    return PairedBatch(batch, *model.activations(batch.ids))
+    return PairedBatch(batch, *model.activations(batch.ids), model.d_model)
 
 
 def median_norm(batches: list[PairedBatch]) -> float:
@@ -113,12 +129,13 @@ def measure(
     with closing(corpus.batches(tokens_per_batch)) as batches:
         head: list[PairedBatch] = []
         in_order(read, head.append, models, _head(batches))
-        pass_ = _Pass(dictionary, screen, spool, corpus, extras)
+        extras = list(extras)
+        pass_, joint = _Pass(dictionary, screen, spool, corpus, extras), any(extra.joint for extra in extras)
         limit = OUTLIER * median_norm(head)
 
         def coded(model: PairedModel, batch: Batch | PairedBatch) -> CodedBatch:
             paired = batch if isinstance(batch, PairedBatch) else read(model, batch)
-            return encoded(dictionary, paired, limit, corpus.piece)
+            return encoded(dictionary, paired, limit, corpus.piece, joint)
 
         in_order(coded, lambda batch: pass_.add(batch, progress), models, _chained(head, batches))
         return pass_.result(limit)
@@ -132,23 +149,32 @@ def _head(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def encoded(dictionary: Dictionary, paired: PairedBatch, norm_limit: float, piece: int) -> CodedBatch:
-    """The batch with its latents, outliers of the norm no longer counted; full sequences are `piece` tokens long."""
+def encoded(
+    dictionary: Dictionary, paired: PairedBatch, norm_limit: float, piece: int, joint: bool = False
+) -> CodedBatch:
+    """The batch with its latents, outliers of the norm no longer counted; full sequences are `piece` tokens long.
+
+    joint: whether a crosscoder's own code is wanted too.
+    """
     batch = paired.batch
     counted = batch.counted & (paired.norms() <= norm_limit)
     rows = counted.flatten().to(paired.x_base.device)
     x_base = paired.x_base.flatten(0, 1)[rows].float()
     x_adapted = paired.x_adapted.flatten(0, 1)[rows].float()
     position = batch.positions[counted].numpy()
+    looked_up = 0.0 if dictionary.lookup is None else dictionary.lookup[batch.ids[counted]].float().cpu().numpy()
+    beside = [side if side is None else side.cpu().numpy() for side in map(dictionary.beside, (x_base, x_adapted))]
     codes = PairedCodes(
         base=to_codes(dictionary, x_base),
         adapted=to_codes(dictionary, x_adapted),
-        x_base=x_base.cpu().numpy(),
-        x_adapted=x_adapted.cpu().numpy(),
+        x_base=x_base[:, : paired.d].cpu().numpy(),
+        x_adapted=x_adapted[:, : paired.d].cpu().numpy(),
         order=np.repeat(batch.orders, counted.sum(1).numpy()),
         position=position,
         place=place_of(position, piece),
-        looked_up=0.0 if dictionary.lookup is None else dictionary.lookup[batch.ids[counted]].float().cpu().numpy(),
+        looked_up=looked_up if beside[0] is None else beside[0],
+        looked_up_adapted=beside[1],
+        joint=joint_codes(dictionary, x_base, x_adapted) if joint else None,
     )
     return CodedBatch(batch, counted, paired.x_base.cpu(), paired.x_adapted.cpu(), codes)
 
@@ -216,7 +242,7 @@ class _Pass:
             first = np.repeat([start for _, _, start in place] - stretch.bounds[:-1], lengths)
             position = (first + np.arange(len(counted)))[counted]
             x_base = stretch.x_base[torch.from_numpy(counted)].float()
-            change = (stretch.x_adapted[torch.from_numpy(counted)].float() - x_base).numpy()
+            change = (stretch.x_adapted[torch.from_numpy(counted)].float() - x_base)[:, :d].numpy()
             z = to_codes(self.dictionary, x_base.to(self.dictionary.W_dec.device))
             if self.screen.done:
                 self.statistics.map(z, change, order, position, place_of(position, self.piece))

@@ -69,6 +69,8 @@ class WeightsEvidence:
             "rank": rank_of,
             "role": role,
         }
+        if (shared := self.directions.relative_norm) is not None:
+            columns["relative_norm"] = shared.double().cpu().numpy()
         figures: dict[str, Any] = {"n_pass": ranking.n_pass, "notes": ranking.note}
         return WeightSelection(ranking.latents, columns | ranking.columns, figures), []
 

@@ -60,6 +60,20 @@ def test_a_vector_of_nan_is_refused_and_nothing_written(world: World, tmp_path: 
     assert not db.exists()
 
 
+def test_what_a_loreft_does_not_say_is_said(world: World, tmp_path: Path, shell: Shell) -> None:
+    """Positions and activation function are in no file of pyreft's: the run notes what it took for granted."""
+    row, db, folder = directions(world)[5:6], tmp_path / "s.duckdb", tmp_path / "reft"
+    folder.mkdir()
+    state = {"weight": 3 * row, "bias": torch.zeros(1), "rotate_layer": row.T / row.norm()}
+    torch.save(state, folder / "intkey_layer_2_comp_block_output_unit_pos_nunit_1#0.bin")
+    select = world.args("select", run=folder, base=world.base, hook=HOOK, db=db, top=5)
+    assert shell(*select).status == 0
+    (run,) = read(db, "SELECT adapter_format, assumed FROM runs")
+    assert run["adapter_format"] == "pyreft"
+    assert "every position" in run["assumed"]
+    assert "every position" in " ".join(shell("show", "--db", str(db)).out.split())
+
+
 def test_a_vector_names_no_base(world: World, tmp_path: Path, shell: Shell) -> None:
     folder = steering(tmp_path / "vector", directions(world)[M - 1])
     refused(shell(*world.args(run=folder, db=tmp_path / "s.duckdb")), "no base model: .* give --base")

@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from .world import Shell, World, read, refused
+from .world import HOOK, Shell, World, read, refused
 
 
 def chosen(db: Path) -> list[dict[str, Any]]:
@@ -145,3 +146,31 @@ def test_top_auto(world: World, tmp_path: Path, shell: Shell) -> None:
 
 def chosen_in(db: Path, run_id: str) -> list[dict[str, Any]]:
     return read(db, f"SELECT latent FROM latents WHERE selected AND run_id = '{run_id}' ORDER BY rank")
+
+
+def test_a_crosscoder_says_whose_a_latent_is(world: World, tmp_path: Path, shell: Shell) -> None:
+    """Its latents' shares are stored whichever way they are selected, and shown; its own code serves latent scaling."""
+    weights = load_file(world.sae / "sae_weights.safetensors")
+    W_enc, W_dec = weights["W_enc"] / 2, torch.stack([weights["W_dec"]] * 2, dim=1)
+    W_dec[:8, 0] *= 0.05
+    bias = weights["b_enc"] - 0.5  # a ReLU, where the SAE chooses the largest
+    state = {
+        "W_enc": torch.stack([W_enc] * 2),
+        "W_dec": W_dec,
+        "b_enc": bias,
+        "b_dec": W_dec[0] * 1e-3,
+    }
+    folder, db = tmp_path / "crosscoder", tmp_path / "x.duckdb"
+    folder.mkdir()
+    torch.save(state, folder / "0.pt")
+    (folder / "0_cfg.json").write_text(json.dumps({"hook_point": HOOK}))
+    assert shell(*world.args("select", sae=folder, db=db, selector="latent-scaling", quiet=True)).status == 0
+    assert len(chosen(db)) == 4
+    shares = [row["relative_norm"] for row in read(db, "SELECT relative_norm FROM latents ORDER BY latent")]
+    assert shares == pytest.approx([1 / 1.05] * 8 + [0.5] * (len(shares) - 8), rel=1e-4)
+
+    def shown(latent: int) -> str:
+        return shell("show", str(latent), "--db", db).out
+
+    assert "decoder norms 5% base, 95% adapted · in the adapted model alone" in shown(0)
+    assert "decoder norms 50% base, 50% adapted · shared" in shown(9)

@@ -64,6 +64,10 @@ class AdapterFormat(ABC):
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
         """Base and adapted model; InputError, in one line, where they do not fit each other."""
 
+    def assumed(self, spec: str | Path) -> str | None:
+        """What is taken for granted because the files do not say it, in words for the user; None where nothing is."""
+        return None
+
     def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
         """What the files alone say of the changed weight matrices; `base` is None where the base is not here.
 

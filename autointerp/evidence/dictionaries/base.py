@@ -91,7 +91,10 @@ class Dictionary(ABC):
     format: str
     """Name and architecture, e.g. `saelens/topk`."""
     hook: str | None = None
-    """Hook point it was trained on, as its config names it."""
+    """Hook point it was trained on, as its config names it; of a transcoder, the one where it writes."""
+    hook_in: str | None = None
+    """Hook point that a transcoder reads, whose activations stand behind those of `hook`: x = [v | u]. None where it
+    reads what it reconstructs."""
     prepend_bos: bool | None = False
     """Whether its training text began with BOS; None: where the tokenizer's own default does so."""
     context_size: int | None = None
@@ -103,6 +106,8 @@ class Dictionary(ABC):
     """Whether activations can be negative."""
     normalised: bool = False
     """Whether x is rescaled token by token before it is encoded."""
+    relative_norm: Tensor | None = None
+    """‖d_adapted‖ / (‖d_base‖ + ‖d_adapted‖) of each latent [m]; None unless it has a decoder for both models."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -117,6 +122,10 @@ class Dictionary(ABC):
         z = self.encode(x)
         token, latent = z.nonzero(as_tuple=True)
         return ActiveLatents(token, latent, z[token, latent])
+
+    def beside(self, x: Tensor) -> Tensor | None:
+        """What else than latents, b_dec and `lookup` is in the reconstruction of x [n, d], e.g. a skip connection."""
+        return None
 
     @abstractmethod
     def decode(self, z: Tensor, x: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
@@ -167,11 +176,12 @@ def _unknown(path: Path) -> str:
 
 
 def check_fits(dictionary: Dictionary, d_model: int, spec: str | Path = "") -> None:
-    """InputError unless the dictionary reads activations of the model's residual width."""
-    if dictionary.d_in != d_model:
+    """InputError unless the dictionary reads and writes activations of the model's residual width."""
+    width = next((width for width in (dictionary.d_in, dictionary.W_dec.shape[1]) if width != d_model), None)
+    if width is not None:
         name = f"SAE {spec}" if spec else "the SAE"
         raise InputError(
-            f"{name} has d_in {dictionary.d_in}, the model's residual width is {d_model}: it belongs to another model;"
+            f"{name} has d_in {width}, the model's residual width is {d_model}: it belongs to another model;"
             " give --sae one for this base, or the --base it was trained on"
         )
 

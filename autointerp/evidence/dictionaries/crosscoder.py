@@ -18,11 +18,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from autointerp.errors import InputError
-from autointerp.evidence.dictionaries.base import DICTIONARIES, Dictionary, Source
+from autointerp.evidence.dictionaries.base import DICTIONARIES, ActiveLatents, Dictionary, Source
 from autointerp.evidence.dictionaries.files import read_config, read_state, take
 from autointerp.evidence.dictionaries.kernels import Linear, relu
 from autointerp.evidence.sae_spec import hook_in_config
@@ -34,10 +35,25 @@ _VERSION = re.compile(r"\d+\.pt")
 
 
 class Crosscoder(Linear):
-    """One side of a crosscoder."""
+    """One side of a crosscoder, and its code of both."""
 
     relative_norm: Tensor
     """‖d^B‖ / (‖d^A‖ + ‖d^B‖) of each latent [m]; ½ where both are zero."""
+    W_enc_base: Tensor
+    """s_A W_enc[A] [d, m]; the other half of `W_enc` is s_B W_enc[B]."""
+    directions: tuple[np.ndarray, np.ndarray]
+    """By which each latent is looked for in x^A and in x^B, both [m, d]: s_A d and s_B d, d the longer of its rows."""
+
+    @torch.no_grad()
+    def encode_both(self, x_base: Tensor, x_adapted: Tensor) -> ActiveLatents:
+        """The non-zero entries of the crosscoder's own z [n, m] of x^A and x^B, both [n, d]."""
+        assert self.W_enc is not None
+        assert self.b_enc is not None
+        dtype = self.W_enc.dtype
+        pre = torch.addmm(self.b_enc, x_adapted.to(dtype), self.W_enc)
+        pre.addmm_((x_base - x_adapted).to(dtype), self.W_enc_base)
+        token, latent = (pre > 0).nonzero(as_tuple=True)
+        return ActiveLatents(token, latent, pre[token, latent].float())
 
 
 class CrosscoderFiles:
@@ -69,6 +85,8 @@ class CrosscoderFiles:
         W_enc, W_dec, b_dec, b_enc = (part.to(device=device, dtype=dtype).contiguous() for part in parts)
         made = Crosscoder(W_enc, W_dec, b_dec, b_enc=b_enc, activation=relu, subtract_b_dec=False)
         made.relative_norm = relative_norm(w["W_dec"].float(), *scales)
+        made.W_enc_base = (scales[0] * w["W_enc"][0].float()).to(device=device, dtype=dtype)
+        made.directions = _directions(w["W_dec"].float(), *scales)
         # The first position is dropped in training, and its text begins with BOS where the tokenizer has it do so.
         made.format, made.hook, made.prepend_bos = f"crosscoder/{side}", self.hook(source), None
         return made
@@ -79,6 +97,13 @@ def relative_norm(W_dec: Tensor, scale_base: float = 1.0, scale_trained: float =
     norms = W_dec.norm(dim=2) / torch.tensor([scale_base, scale_trained], device=W_dec.device)
     total = norms.sum(dim=1)
     return torch.where(total > 0, norms[:, 1] / total.clamp_min(1e-30), 0.5)
+
+
+def _directions(W_dec: Tensor, scale_base: float, scale_trained: float) -> tuple[np.ndarray, np.ndarray]:
+    longer = W_dec.norm(dim=2).argmax(dim=1)  # as trained: on scaled activations
+    d = W_dec[torch.arange(len(W_dec)), longer].numpy()
+    base = scale_base * d
+    return base, base if scale_base == scale_trained else scale_trained * d
 
 
 def _scale(source: Source, key: str) -> float:

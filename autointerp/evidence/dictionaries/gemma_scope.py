@@ -3,7 +3,8 @@
     z = relu(x W_enc + b_enc) where that is above `threshold`,  x̂ = z W_dec + b_dec   (https://arxiv.org/abs/2408.05147)
 
 Names are upper or lower case (`W_enc`, `w_enc`). Only the path says where an .npz was trained, as the hub lays it out:
-`…gemma-scope-2b-pt-res/…/layer_20/width_16k/average_l0_71/params.npz`.
+`…gemma-scope-2b-pt-res/…/layer_20/width_16k/average_l0_71/params.npz`. Transcoders of Gemma 3 are read, with or without
+`affine_skip_connection`; those across layers are not.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from autointerp.errors import InputError
 from autointerp.evidence.dictionaries.base import DICTIONARIES, Dictionary, Source
 from autointerp.evidence.dictionaries.files import read_config, read_npz, read_safetensors, take
 from autointerp.evidence.dictionaries.kernels import Linear, jumprelu
+from autointerp.evidence.dictionaries.transcoder import reading_elsewhere
 
 CONFIG, NPZ, SAFETENSORS = "config.json", "params.npz", "params.safetensors"
+SKIP = "affine_skip_connection"
 SHAPES = {"w_enc": "d m", "b_enc": "m", "w_dec": "m d", "b_dec": "d", "threshold": "m"}
 _REPOSITORY = re.compile(r"(?:.*--)?gemma-scope-[\w.]+-(?:pt|it)-(res|mlp|att|transcoders)")
 _POINTS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 _MODULE = re.compile(r"model\.(?:language_model\.)?layers\.(\d+)\.(.*?)\.?(output|input)")
-_MODULES = {("", "output"): "hook_resid_post", ("post_feedforward_layernorm", "output"): "hook_mlp_out"}
+_MODULES = {
+    ("", "output"): "hook_resid_post",
+    ("post_feedforward_layernorm", "output"): "hook_mlp_out",
+    ("pre_feedforward_layernorm", "output"): "mlp.hook_in",
+}
 
 
 class GemmaScope:
@@ -42,27 +49,35 @@ class GemmaScope:
             kind, layer = _kind(path), _one(re.compile(r"layer_(\d+)"), path)
             return f"blocks.{layer}.{_POINTS[kind]}" if layer is not None and kind in _POINTS else None
         try:
-            named = read_config(path.parent / CONFIG, source.name).get("hf_hook_point_in")
+            config = read_config(path.parent / CONFIG, source.name)
         except InputError:
             return None
-        found = _MODULE.fullmatch(named) if isinstance(named, str) else None
-        point = _MODULES.get((found[2], found[3])) if found else None
-        return f"blocks.{found[1]}.{point}" if found and point else None
+        return hook_of_module(config.get("hf_hook_point_out") or config.get("hf_hook_point_in"))
 
     def load(self, source: Source, device: str, dtype: torch.dtype) -> Dictionary:
         name, path = source.name, _file(source.path)
         if path.suffix == ".npz":
-            transcoder, tensors = _kind(path) == "transcoders", read_npz(path, name)
+            hooks, tensors = (), read_npz(path, name)
+            if _kind(path) == "transcoders":
+                raise InputError(
+                    f"{name} is a transcoder of Gemma 2, whose files do not say whether it reads with or without the"
+                    " norm's weights; give --sae an autoencoder, or a transcoder of Gemma 3"
+                )
         else:
             config = read_config(path.parent / CONFIG, name) if (path.parent / CONFIG).is_file() else {}
-            target = config.get("hf_hook_point_out")
-            transcoder, tensors = target not in (None, config.get("hf_hook_point_in")), read_safetensors(path, name)
+            hooks = tuple(config[key] for key in ("hf_hook_point_in", "hf_hook_point_out") if config.get(key))
+            tensors = read_safetensors(path, name)
         lower = {key.lower(): tensor for key, tensor in tensors.items()}
-        if transcoder or "affine_skip_connection" in lower:
+        hook_in, transcoder = None, len(set(hooks)) == 2 or SKIP in lower
+        points = [str(hook_of_module(hook)) for hook in hooks]
+        if transcoder and [point.rpartition("hook_")[2] for point in points] == ["in", "mlp_out"]:
+            hook_in = points[0]
+        elif transcoder:
             raise InputError(
-                f"{name} is a transcoder: it writes at another hook than it reads; give --sae an autoencoder"
+                f"{name} is a transcoder, but {CONFIG} does not say that it reads an MLP's input and writes its output;"
+                " give --sae another"
             )
-        w, _ = take(name, lower, SHAPES)
+        w, _ = take(name, lower, SHAPES | ({SKIP: "d d"} if SKIP in lower else {}))
         w = {key: value.to(device=device, dtype=dtype) for key, value in w.items()}
         bar = w["threshold"].clamp(min=0)
         made = Linear(
@@ -81,7 +96,16 @@ class GemmaScope:
             True,
             1024,
         )
-        return made
+        if hook_in is None:
+            return made
+        return reading_elsewhere(made, hook_in, w[SKIP].T if SKIP in w else None)  # stored [d_in, d_out]
+
+
+def hook_of_module(named: object) -> str | None:
+    """The hook point at a module of Gemma, e.g. `model.layers.17.pre_feedforward_layernorm.output`; None at others."""
+    found = _MODULE.fullmatch(named) if isinstance(named, str) else None
+    point = _MODULES.get((found[2], found[3])) if found else None
+    return f"blocks.{found[1]}.{point}" if found and point else None
 
 
 def _file(path: Path) -> Path:

@@ -58,6 +58,14 @@ class _Decoding(Dictionary):
     """x̂ = z W_dec + b_dec."""
 
     normalisation: Normalisation
+    W_skip: Tensor | None = None
+    """Of a transcoder [d_out, d_in]: what it adds to the reconstruction is no latent's."""
+
+    @torch.no_grad()
+    def beside(self, x: Tensor) -> Tensor | None:
+        if self.W_skip is None:
+            return None
+        return (x[:, -self.d_in :].to(self.W_skip.dtype) @ self.W_skip.T).float()
 
     @torch.no_grad()
     def decode(self, z: Tensor, x: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
@@ -66,6 +74,10 @@ class _Decoding(Dictionary):
             if tokens is None:
                 raise ValueError("this dictionary looks tokens up: decode(z, tokens=tokens) needs their ids")
             u += self.lookup[tokens]
+        if self.W_skip is not None:
+            if x is None:
+                raise ValueError("this transcoder has a skip connection: decode(z, x) needs x")
+            u += x[:, -self.d_in :].to(u.dtype) @ self.W_skip.T
         return self.normalisation.undo(u, x).float()
 
 
@@ -119,6 +131,8 @@ class Linear(_Decoding):
     def _centred(self, x: Tensor) -> Tensor:
         # b_dec is subtracted rather than folded into the bias: it costs 1/m of the product, and folding would lose
         # digits where the stream has large coordinates that b_dec cancels.
+        if self.hook_in is not None:
+            x = x[:, -self.d_in :]  # of [v | u]
         u = self.normalisation.apply(x.to(self.W_enc.dtype))
         return u - self.b_dec if self.subtract_b_dec else u
 

@@ -14,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 from autointerp.errors import InputError
 from autointerp.evidence.dictionaries.base import DICTIONARIES, Dictionary, Source, check_finite
 from autointerp.evidence.dictionaries.files import first_words
+from autointerp.evidence.dictionaries.gemma_scope import hook_of_module
 from autointerp.evidence.dictionaries.kernels import Generic, Linear, Normalisation, TopK, gated, jumprelu, relu
+from autointerp.evidence.dictionaries.saelens_checkpoint import is_checkpoint, load_checkpoint
+from autointerp.evidence.dictionaries.transcoder import reading_elsewhere
 from autointerp.evidence.sae_spec import hook_in_config
 
 if TYPE_CHECKING:
@@ -22,13 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
-_REFUSED = {
-    "temporal": "its activations depend on other tokens",
-    "transcoder": "a transcoder writes at another hook than it reads",
-    "skip_transcoder": "a transcoder writes at another hook than it reads",
-    "jumprelu_transcoder": "a transcoder writes at another hook than it reads",
-    "jumprelu_skip_transcoder": "a transcoder writes at another hook than it reads",
-}
+_REFUSED = {"temporal": "its activations depend on other tokens"}
 
 
 class SaeLensFolder:
@@ -49,12 +46,15 @@ class SaeLensFolder:
         from sae_lens import SAE
 
         name, folder = source.name, _folder(source.path)
-        _check_config(name, folder / CONFIG)
+        config = _check_config(name, folder / CONFIG)
         _check_weights(name, folder / WEIGHTS)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                sae = SAE.load_from_disk(folder, device=device, dtype=_name_of(dtype))
+                if is_checkpoint(folder, config):
+                    sae = load_checkpoint(folder, config, name, device, _name_of(dtype))
+                else:
+                    sae = SAE.load_from_disk(folder, device=device, dtype=_name_of(dtype))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{name}: sae_lens cannot load it ({first_words(error)}); save it again") from error
         return from_sae(sae, name)
@@ -67,12 +67,29 @@ def _folder(path: Path) -> Path:
 DICTIONARIES.register("saelens")(SaeLensFolder())
 
 
+def listed(spec: str) -> bool:
+    """Whether SAELens' list has this `release/sae_id`."""
+    release, _, sae_id = spec.partition("/")
+    return bool(sae_id) and sae_id in _releases().get(release, {})
+
+
+def listed_like(release: str, sae_id: str) -> list[str]:
+    """Every `release/sae_id` of SAELens' list that contains both parts, each in its place."""
+    return [f"{name}/{key}" for name, keys in _releases().items() if release in name for key in keys if sae_id in key]
+
+
+def _releases() -> dict[str, dict[str, str]]:
+    """The sae_ids by release; part of the library, nothing is fetched."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return {name: release.saes_map for name, release in get_pretrained_saes_directory().items()}
+
+
 def load_release(spec: str, device: str, dtype: torch.dtype) -> Dictionary:
     """The dictionary `release/sae_id` of SAELens' list, or `owner/name/sae_id` on the hub; InputError if not."""
     from sae_lens import SAE
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    releases = get_pretrained_saes_directory()
+    releases = _releases()
     release, _, sae_id = spec.partition("/")
     if release not in releases:
         owner, _, rest = spec.partition("/")
@@ -83,8 +100,8 @@ def load_release(spec: str, device: str, dtype: torch.dtype) -> Dictionary:
                 f"SAE {spec}: no such folder, and no SAELens release of that name;"
                 " give --sae a folder or release/sae_id"
             )
-    elif sae_id not in releases[release].saes_map:
-        some = ", ".join(list(releases[release].saes_map)[:4])
+    elif sae_id not in releases[release]:
+        some = ", ".join(list(releases[release])[:4])
         raise InputError(f"SAE {spec}: the release {release} has no {sae_id!r}; it has {some} …")
     try:
         with warnings.catch_warnings():
@@ -109,12 +126,16 @@ def from_sae(sae: SAE[Any], name: str = "SAE") -> Dictionary:
     if architecture in _REFUSED:
         raise InputError(f"{name} is a {architecture}: {_REFUSED[architecture]}; give --sae an autoencoder of one hook")
     weights = {key: value.detach() for key, value in sae.state_dict().items()}
-    _check_shapes(name, weights, sae.cfg.d_in, sae.cfg.d_sae)
+    _check_shapes(name, weights, sae.cfg.d_in, sae.cfg.d_sae, getattr(sae.cfg, "d_out", sae.cfg.d_in))
     check_finite(name, weights)
-    dictionary = _KERNELS.get(architecture, _generic)(sae, weights)
     metadata = sae.cfg.metadata
+    if "transcoder" in architecture and not (metadata.hook_name and metadata.hook_name_out):
+        raise InputError(f"{name}: {CONFIG} has no hook_name and hook_name_out: say in it where it reads and writes")
+    if "transcoder" in architecture and Normalisation.named(sae.cfg.normalize_activations):
+        raise InputError(f"{name}: a {architecture} that normalises each token is not read; give another --sae")
+    dictionary = _KERNELS.get(architecture, _generic)(sae, weights)
     dictionary.format = f"saelens/{architecture}"
-    dictionary.hook = metadata.hook_name
+    dictionary.hook = metadata.hook_name_out if dictionary.hook_in else metadata.hook_name
     dictionary.prepend_bos = bool(metadata.prepend_bos)
     dictionary.context_size = metadata.context_size
     return dictionary
@@ -162,10 +183,21 @@ def _generic(sae: SAE[Any], weights: dict[str, torch.Tensor]) -> Dictionary:
     return Generic(sae, weights["W_dec"])
 
 
+def _transcoder(sae: SAE[Any], weights: dict[str, torch.Tensor]) -> Dictionary:
+    made = _jumprelu(sae, weights) if "threshold" in weights else _standard(sae, weights)
+    assert isinstance(made, Linear)
+    metadata = sae.cfg.metadata  # SAELens calls Gemma 3's `hook_mlp_in`, which is before the norm; HF's name is exact
+    hook_in = hook_of_module(metadata.hf_hook_name) or metadata.hook_name
+    return reading_elsewhere(made, hook_in, weights.get("W_skip"))
+
+
 _KERNELS = {"standard": _standard, "jumprelu": _jumprelu, "gated": _gated, "topk": _topk}
+_KERNELS |= dict.fromkeys(
+    ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"), _transcoder
+)
 
 
-def _check_config(name: str, path: Path) -> None:
+def _check_config(name: str, path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -175,6 +207,7 @@ def _check_config(name: str, path: Path) -> None:
     missing = [key for key in ("d_in", "d_sae") if not isinstance(config, dict) or not isinstance(config.get(key), int)]
     if missing:
         raise InputError(f"{name}: {CONFIG} has no {' and no '.join(missing)}; give --sae a SAE that SAELens saved")
+    return config
 
 
 def _check_weights(name: str, path: Path) -> None:
@@ -190,8 +223,8 @@ def _check_weights(name: str, path: Path) -> None:
         raise InputError(f"{name}: {WEIGHTS} lacks {', '.join(missing)}; save it again or give another --sae")
 
 
-def _check_shapes(name: str, weights: dict[str, torch.Tensor], d_in: int, d_sae: int) -> None:
-    wanted = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+def _check_shapes(name: str, weights: dict[str, torch.Tensor], d_in: int, d_sae: int, d_out: int) -> None:
+    wanted = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
     wanted |= dict.fromkeys(("b_enc", "threshold", "b_gate", "b_mag", "r_mag"), (d_sae,))
     for key, shape in wanted.items():
         if key in weights and tuple(weights[key].shape) != shape:

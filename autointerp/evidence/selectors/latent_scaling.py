@@ -1,7 +1,9 @@
 """`latent-scaling`: how strongly a latent's direction is present in either model at the tokens where it fires.
 
 β_i^M = Σ_t f_ti ⟨d_i, x_t^M⟩ / (‖d_i‖² Σ_t f_ti²) is the least-squares scale of f_i d_i in x^M; ν is that of base over
-that of adapted (Minder et al. 2025, there for crosscoders). f is the activation in the base model.
+that of adapted (Minder et al. 2025, https://arxiv.org/abs/2504.02922). f is the activation in the base model; of a
+crosscoder, its own code, which reads both models at once, and d the longer of the latent's two decoder rows, x scaled
+as in its training.
 """
 
 from __future__ import annotations
@@ -18,18 +20,12 @@ from autointerp.evidence.selection import SELECTORS, Question, Ranking, largest,
 def latent_scaling(question: Question) -> Ranking:
     """Latents by |β_base − β_adapted| / max(|β_base|, |β_adapted|): 0 where ν = 1, 1 where either is 0, more where the
     sign turns. `statistic` is ν. Latents that fire at fewer than MIN_FIRINGS tokens are left out."""
-    statistics = question.fitted.statistics
-    base, adapted = scales(statistics.extra(ScalingSums), question.fitted.W_dec.square().sum(1).numpy())
+    sums = question.fitted.statistics.extra(ScalingSums)
+    base, adapted = sums.base, sums.adapted  # β but for ‖d‖² Σf², which both have in common
     larger = np.maximum(np.abs(base), np.abs(adapted))
     with np.errstate(invalid="ignore", divide="ignore"):
         change = np.where(larger > 0, np.abs(base - adapted) / larger, np.nan)
         ratio = np.where(adapted != 0, base / adapted, np.nan)
-    change[statistics.base.fired < MIN_FIRINGS] = np.nan
+    change[sums.fired < MIN_FIRINGS] = np.nan
     chosen = largest(change, question.top)
     return Ranking(chosen, ["read"] * len(chosen), change, {"statistic": ratio})
-
-
-def scales(sums: ScalingSums, square_norm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """β of the base and of the adapted model [m], NaN for latents that never fire in base; square_norm: ‖d_i‖² [m]."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return sums.base / (square_norm * sums.square), sums.adapted / (square_norm * sums.square)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from autointerp.evidence.dictionaries import hook_of, load_dictionary
 from autointerp.evidence.dictionaries.crosscoder import Crosscoder, relative_norm
+from autointerp.evidence.extras import ScalingSums
+from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.selection import SELECTORS, Question
+from autointerp.evidence.statistics import ChangeStatistics, PairedCodes
+from autointerp.evidence.stream import joint_codes, to_codes
 
 from .checks import D, M, activations, agrees, close, draw, edited, nan, refuses
 
@@ -71,6 +77,60 @@ def test_the_dictionary_carries_them(tmp_path: Path) -> None:
     assert isinstance(dictionary, Crosscoder)
     norms = STATE["W_dec"].norm(dim=2)
     close(dictionary.relative_norm, norms[:, 1] / norms.sum(1))
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.5, 0.25)])
+def test_its_own_code_of_both_models(tmp_path: Path, scales: tuple[float, float]) -> None:
+    dictionary = load_dictionary(f"{save(tmp_path)}#scale_base={scales[0]}&scale_trained={scales[1]}")
+    x_base, x_trained = activations(), activations().roll(1, 0)
+    z, _ = by_hand(scales[0] * x_base, scales[1] * x_trained)
+    codes = joint_codes(dictionary, x_base, x_trained)
+    assert codes is not None
+    close(torch.from_numpy(codes.z.toarray()), z)
+    longer = STATE["W_dec"][torch.arange(M), STATE["W_dec"].norm(dim=2).argmax(1)]
+    for scale, directions in zip(scales, (codes.read_base, codes.read_adapted), strict=True):
+        close(torch.from_numpy(directions), scale * longer)
+
+
+def scaling(folder: Path, amounts: Tensor, own: dict[str, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """ν and change by `latent-scaling` of models in which latent j is e_j, those in `own` in one of the two alone."""
+    state = {key: torch.zeros_like(value) for key, value in STATE.items()}
+    state["b_dec"][:, -1] = 1  # where no latent is
+    eye, x = torch.eye(M)[:, :D], {side: amounts.clone() for side in ("base", "trained")}
+    for at, side in enumerate(x):
+        state["W_dec"][:, at], state["W_enc"][at] = eye, eye.T / 2
+        for latents in (own[other] for other in own if other != side):
+            state["W_dec"][latents, at] = 0
+            x[side][:, latents] = 0
+    dictionary = load_dictionary(save(folder, state))
+    n = len(amounts)
+    order = np.arange(n) // 50
+    codes = PairedCodes(
+        base=to_codes(dictionary, x["base"]),
+        adapted=to_codes(dictionary, x["trained"]),
+        x_base=x["base"].numpy(),
+        x_adapted=x["trained"].numpy(),
+        order=order,
+        position=np.arange(n) % 50,
+        place=np.zeros(n, dtype=np.int64),
+        joint=joint_codes(dictionary, x["base"], x["trained"]),
+    )
+    statistics = ChangeStatistics(M, D, np.arange(D), 0, [ScalingSums])
+    statistics.add(codes, dictionary.W_dec.numpy(), dictionary.b_dec.numpy())
+    question = Question(FittedMap(statistics, dictionary.W_dec), 3, 0.05, 0)
+    ranking = SELECTORS.get("latent-scaling")(question)
+    assert sorted(ranking.latents) == sorted(own["base"] + own["trained"])
+    return ranking.columns["statistic"], ranking.change
+
+
+def test_latent_scaling_finds_what_one_model_has_alone(tmp_path: Path) -> None:
+    """Though the base's decoder, by which the dictionary decodes, has no direction for it."""
+    amounts = activations(2000).abs()
+    amounts[:, 12:] = 0
+    ratio, change = scaling(tmp_path, amounts, {"base": [5], "trained": [3, 7]})
+    np.testing.assert_allclose(ratio[[3, 7, 0]], [0, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(change[[3, 7, 5, 0, 11]], [1, 1, 1, 0, 0], atol=1e-6)
+    assert np.isnan(change[12:]).all()  # fire nowhere
 
 
 def test_the_last_version_of_a_folder(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autointerp.evidence.dictionaries import hook_of, load_dictionary
 
-from .checks import DAMAGES, D, M, activations, agrees, draw, edited, refuses
+from .checks import DAMAGES, D, M, activations, agrees, close, draw, edited, refuses
 
 WEIGHTS = {
     "W_enc": draw(D, M),
@@ -94,6 +94,23 @@ def test_damaged_weights_are_one_line(tmp_path: Path, key: str, damage: int) -> 
     refuses(save(tmp_path, edited(WEIGHTS, **{key: change})), says.format(key=key.lower()))
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_transcoders_of_gemma_3(tmp_path: Path, affine: bool) -> None:
+    """Their loader in SAELens turns the affine part round: it is stored [d_in, d_out]."""
+    hooks = {
+        f"hf_hook_point_{side}": f"model.layers.17.{at}_feedforward_layernorm.output"
+        for side, at in (("in", "pre"), ("out", "post"))
+    }
+    skip = {"affine_skip_connection": draw(D, D, seed=6)}
+    u = activations()
+    z, u_hat = theirs(u)
+    dictionary = load_dictionary(save_new(tmp_path / "t", WEIGHTS | (skip if affine else {}), **hooks))
+    close(dictionary.encode(torch.cat([-u, u], dim=1)), z)
+    close(dictionary.decode(z, u), u_hat + (u @ skip["affine_skip_connection"] if affine else 0))
+    assert (dictionary.hook_in, dictionary.hook) == ("blocks.17.mlp.hook_in", "blocks.17.hook_mlp_out")
+    assert hook_of(tmp_path / "t") == "blocks.17.hook_mlp_out"
+
+
 def test_bad_files_are_one_line(tmp_path: Path) -> None:
     path = save(tmp_path / "a") / "params.npz"
     whole = path.read_bytes()
@@ -108,9 +125,8 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
     words: Any = {key: value.numpy().astype("U") for key, value in WEIGHTS.items()}
     np.savez(path, **words)
     refuses(path, r"is corrupt, or no .npz of numbers")
-    refuses(save(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1"), r"is a transcoder: it writes at another hook")
-    out: Any = {"hf_hook_point_out": "model.layers.17.post_feedforward_layernorm.output"}
-    refuses(save_new(tmp_path / "t", **out), r"is a transcoder")
-    refuses(save_new(tmp_path / "s", WEIGHTS | {"affine_skip_connection": draw(D, D)}), r"is a transcoder")
+    refuses(save(tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_1"), r"is a transcoder of Gemma 2")
+    refuses(save_new(tmp_path / "t", hf_hook_point_out="model.layers.17.mlp.act.output"), r"is a transcoder, but")
+    refuses(save_new(tmp_path / "s", WEIGHTS | {"affine_skip_connection": draw(D, D)}), r"is a transcoder, but")
     (save_new(tmp_path / "d") / "params.safetensors").write_bytes(b"no")
     refuses(tmp_path / "d", r"params.safetensors is corrupt")

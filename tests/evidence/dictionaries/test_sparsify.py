@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autointerp.evidence.dictionaries import hook_of, load_dictionary
 
-from .checks import DAMAGES, D, M, activations, agrees, draw, edited, refuses
+from .checks import DAMAGES, D, M, activations, agrees, close, draw, edited, refuses
 
 CONFIG: dict[str, Any] = {
     "activation": "topk",
@@ -69,6 +69,17 @@ def test_the_arithmetic(tmp_path: Path, config: dict[str, Any]) -> None:
     assert (dictionary.hook, dictionary.prepend_bos) == ("blocks.6.hook_resid_post", None)
 
 
+@pytest.mark.parametrize("config", [{}, {"activation": "groupmax", "k": 16}, {"skip_connection": True}])
+def test_a_transcoder_does_not_subtract_b_dec(tmp_path: Path, config: dict[str, Any]) -> None:
+    u, W_skip = activations(), draw(D, D, seed=5)
+    z, v_hat = by_hand(u + weights()["b_dec"], **config)
+    tensors = weights() | ({"W_skip": W_skip} if "skip_connection" in config else {})
+    dictionary = load_dictionary(save(tmp_path / "layers.6.mlp", tensors, transcode=True, **config))
+    close(dictionary.encode(torch.cat([-u, u], dim=1)), z)
+    close(dictionary.decode(z, u), v_hat + (u @ W_skip.T if "skip_connection" in config else 0))
+    assert (dictionary.hook_in, dictionary.hook) == ("blocks.6.mlp.hook_in", "blocks.6.mlp.hook_out")
+
+
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
 def test_what_the_library_saves_and_gives(tmp_path: Path, activation: Any) -> None:
     library = pytest.importorskip("sparsify.sparse_coder")
@@ -110,7 +121,7 @@ def test_damaged_weights_are_one_line(tmp_path: Path, key: str, damage: int) -> 
 
 
 def test_bad_folders_are_one_line(tmp_path: Path) -> None:
-    refuses(save(tmp_path / "a", transcode=True), r"is a transcoder: .*give --sae an autoencoder")
+    refuses(save(tmp_path / "layers.6", transcode=True), r"is a transcoder, of an MLP by its folder's name")
     refuses(save(tmp_path / "b", k=None), r"its config has no k, want a int")
     refuses(save(tmp_path / "c", k=65), r"k 65, its weights 64 latents")
     refuses(save(tmp_path / "d", activation="odd"), r"activation 'odd' .* not one of sparsify's")
