@@ -76,8 +76,7 @@ def make_case(name: str, folder: Path, tokens: int) -> dict[str, Any]:
         return {"path": str(ORGANISM)} | flags
     if not (folder / "gpt2").exists():
         _write_gpt2(folder / "gpt2", ORGANISM / "model", flags)
-    # What a random adapter writes hangs on fewer than 100 latents: another selector chooses, after `change` has done all
-    # its work.
+    # What a random adapter writes hangs on fewer than 100 latents: another selector chooses, `change` does its work.
     return {"path": str(folder / "gpt2"), "selector": ["mean-shift", "change"]} | flags
 
 
