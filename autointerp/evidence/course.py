@@ -41,7 +41,7 @@ class Piece:
     counted: Tensor
     """[b, t]."""
     x_base: Tensor
-    """[n, d] in the model's dtype, on the CPU."""
+    """[n, d] in the model's dtype, on the CPU: where the dictionary writes."""
     z: csr_matrix
     """Base codes of the selected latents [n, k]."""
     fit: np.ndarray
@@ -121,7 +121,7 @@ class Sample:
 
         def work(model: PairedModel, batch: Batch) -> tuple[Batch, Tensor, csr_matrix]:
             x = model.activations_of("base", batch.ids).flatten(0, 1)[batch.counted.flatten().to(model.device)]
-            return batch, x.cpu(), to_codes(dictionary, x.float())
+            return batch, x[:, : model.d_model].cpu(), to_codes(dictionary, x.float())
 
         def then(done: tuple[Batch, Tensor, csr_matrix]) -> None:
             read.append(done)
@@ -157,7 +157,7 @@ class Sample:
             x = model.activations_of("adapted", piece.ids).flatten(0, 1)[piece.counted.flatten().to(model.device)]
             codes = [self.dictionary.encode_columns(rows.float(), self.columns) for rows in x.split(ENCODE_ROWS)]
             z = torch.cat(codes).float().cpu().numpy() if codes else np.zeros((0, len(self.columns)), np.float32)
-            return piece, (x.cpu().float() - piece.x_base.float()).numpy(), z
+            return piece, (x[:, : model.d_model].cpu().float() - piece.x_base.float()).numpy(), z
 
         def then(done: tuple[Piece, np.ndarray, np.ndarray]) -> None:
             sums.add(*done)

@@ -88,7 +88,7 @@ class PairedModel:
             if model is None
             else found.load_onto(adapter, base, view, model)
         )
-        return PairedModel(pair, self.hook, self.tokenizer)
+        return PairedModel(pair, self.hook, self.tokenizer, None if self.hook_in is None else self.hook_in.name)
 
     def replica(self) -> PairedModel:
         """The same for another thread: modules of its own, the same weights."""
@@ -140,7 +140,7 @@ class PairedModel:
 
     @torch.inference_mode()
     def activations_of(self, side: Literal["base", "adapted"], ids: Tensor) -> Tensor:
-        """What `activations` gives of one side [b, t, d], without the other."""
+        """What `activations` gives of one side [b, t, width], without the other."""
         ids = self._checked(ids)
         with self.pair.base() if side == "base" else self.pair.adapted() as model:
             return self._read(model, ids)[0]

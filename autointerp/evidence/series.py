@@ -43,7 +43,7 @@ def resolve(adapter: str, most: int) -> tuple[str, tuple[Checkpoint, ...]]:
     if not every:
         return adapter, ()
     found = [checkpoint for checkpoint in every if adapters.format_of(Path(checkpoint.path)) is not None]
-    if adapters.format_of(Path(adapter)) is not None:
+    if _weights(Path(adapter)):
         found, final = _with_final(found, Path(adapter))
     elif found and found[-1] is every[-1]:
         final = found[-1]
@@ -83,7 +83,7 @@ def _with_final(found: list[Checkpoint], folder: Path) -> tuple[list[Checkpoint]
     the training) where it has the same weights, else after them."""
     mine = _weights(folder)
     for at, checkpoint in reversed(list(enumerate(found))):
-        if mine and mine == _weights(Path(checkpoint.path)):
+        if mine == _weights(Path(checkpoint.path)):
             final = Checkpoint(checkpoint.name, str(folder), checkpoint.step)
             return [*found[:at], final, *found[at + 1 :]], final
     final = Checkpoint(FINAL, str(folder), _step(folder / STATE))
@@ -91,9 +91,13 @@ def _with_final(found: list[Checkpoint], folder: Path) -> tuple[list[Checkpoint]
 
 
 def _weights(folder: Path) -> list[tuple[str, int, bytes]]:
-    """Name, size and samples of each file of weights: those of two steps differ everywhere."""
+    """Name, size and samples of each file of weights: those of two steps differ everywhere. None for a config alone."""
     format = adapters.format_of(folder)
-    files = [file for file in format.files(folder) if file.suffix != ".json" and file.is_file()] if format else []
+    try:
+        files = format.files(folder) if format else []
+    except InputError:  # it names some that are elsewhere
+        files = []
+    files = [file for file in files if file.suffix != ".json" and file.is_file()]
     return [(file.name, file.stat().st_size, b"".join(samples(file))) for file in files]
 
 

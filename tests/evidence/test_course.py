@@ -23,6 +23,7 @@ from autointerp.evidence.model_pair import PeftPair
 from autointerp.evidence.paired import PairedModel
 from autointerp.run import Run
 from tests import tiny
+from tests.e2e.test_transcoder import save_transcoder
 from tests.evidence.test_series import scaled
 from tests.evidence.world import CONTEXT, HOOK, _stream, plainly, write_corpus, write_sae
 from tests.evidence.world import World as PlainWorld
@@ -83,7 +84,8 @@ def test_a_scaled_lora_grows_and_ends_where_the_selection_stands(
     assert not none.rows.any()
     assert twice.size == pytest.approx(2 * little.size, rel=0.25), "a small adapter acts in proportion"
     assert (whole.size > twice.size).all()
-    selection, _ = evidence.select(lambda _n: None)
+    with evidence:
+        selection, _ = evidence.select(lambda _n: None)
     for name, values in (("gain", whole.gain), ("mean_adapted", whole.mean), ("freq_adapted", whole.freq)):
         assert values == pytest.approx(selection.columns[name][selection.latents], rel=1e-4), name
     assert whole.coverage == pytest.approx(selection.figures["coverage"], rel=1e-4)
@@ -93,6 +95,20 @@ def test_a_scaled_lora_grows_and_ends_where_the_selection_stands(
     codes = np.concatenate(list(middle.adapted.values()))[:, selection.latents]
     assert twice.mean == pytest.approx(codes.mean(0), rel=1e-4)
     assert twice.freq == pytest.approx((codes > 0).mean(0), abs=2e-4)
+
+
+def test_a_transcoder_is_read_where_it_writes(parts: dict[str, Any], gpt2_base: Path, gpt2_lora: Path, tmp_path: Path):
+    for step, factor in ((1, 0.0), (2, 1.0)):
+        scaled(gpt2_lora, tmp_path / "out" / f"checkpoint-{step}", factor)
+    options = parts | {"sae": save_transcoder(tmp_path / "t"), "selector": ("mean-shift",)}
+    evidence, sample, (none, whole) = read(options, tmp_path / "out")
+    assert not none.rows.any()
+    assert whole.rows.shape == (4, tiny.WIDTH)
+    with evidence:
+        selection, _ = evidence.select(lambda _n: None)
+    assert sample.n_tokens == selection.figures["n_tokens"]
+    for name, values in (("gain", whole.gain), ("mean_adapted", whole.mean), ("freq_adapted", whole.freq)):
+        assert values == pytest.approx(selection.columns[name][selection.latents], rel=1e-3), name
 
 
 def test_a_training_of_transformers(parts: dict[str, Any], gpt2_base: Path, tmp_path: Path):

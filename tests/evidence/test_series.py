@@ -74,6 +74,22 @@ def test_a_final_adapter_of_its_own(out: Path, tmp_path: Path, gpt2_lora: Path, 
     assert found(out) == ("out", [*SERIES, ("final", step)])
 
 
+def test_a_config_alone_is_no_adapter(out: Path):
+    """Some trainers leave it above the checkpoints."""
+    shutil.copy(out / "checkpoint-2" / "adapter_config.json", out / "adapter_config.json")
+    assert found(out) == ("checkpoint-100", SERIES)
+
+
+def test_the_layout_of_isaerft(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "ISAERFT", "target_hooks": []}')
+    (tmp_path / "blocks_manifest.json").write_text('{"block_names": ["blocks_2_hook_resid_post"]}')
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        block = {"sequential.0.bias": torch.full((4,), float(step))}
+        torch.save(block, tmp_path / f"checkpoint-{step}" / "blocks_2_hook_resid_post.pt")
+    assert found(tmp_path) == ("checkpoint-10", [("checkpoint-9", 9), ("checkpoint-10", 10)])
+
+
 def test_other_folders_are_no_series(out: Path, gpt2_lora: Path, tmp_path: Path):
     assert found(gpt2_lora) == ("lora", [])
     assert found(tmp_path) == (tmp_path.name, [])
