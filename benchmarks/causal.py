@@ -132,7 +132,7 @@ def measure(name: str, adapter: Path, tokens: int, draws: int, seed: int = 0) ->
             chosen = [latent for latent in ranking.latents if fitted.in_map(latent)]
             sets = row_sets(fitted, chosen, SIZES, draws, seed, random_sizes=SIZES)
             curve = fitted.coverage(chosen)
-            sizes = [k for k in SIZES if k <= len(chosen)]
+            sizes = sorted({min(k, len(chosen)) for k in SIZES})
             coverage = {k: curve[k - 1] for k in sizes}
             by_chance = {k: fitted.random_coverage(k, seed, draws) or 0.0 for k in sizes}
         else:

@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 176, 150
 """Of a panel's axes, in pixels."""
-LEFT, TOP, GAP_X, GAP_Y, BELOW = 62, 92, 18, 46, 44
+LEFT, TOP, GAP_X, GAP_Y, BELOW = 62, 70, 26, 48, 46
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 
@@ -34,7 +34,7 @@ class Panel:
     curves: Mapping[Style, Curve]
 
 
-def chart(rows: Mapping[str, Sequence[Panel]], ticks: Sequence[int], x_label: str, low: float = -0.25) -> str:
+def chart(rows: Mapping[str, Sequence[Panel]], ticks: Sequence[int], x_label: str, low: float = -0.12) -> str:
     """The SVG. rows: what the y axis of each row says → its panels; ticks: values of k marked below."""
     columns = max(map(len, rows.values()))
     width = LEFT + columns * (WIDTH + GAP_X)

@@ -40,7 +40,7 @@ LEARNING_RATES = {
     "sparse_linear": 3e-3,
     "residual": 3e-3,
 }
-L1_PENALTY = 0.02  # of the sparse linear adapter: what it costs a weight not to be zero
+L1_PENALTY = 0.5  # of the sparse linear adapter; high, since the steps of Adam are as long for small gradients
 INPUTS, OUTPUTS = 256, 512  # latents between which the sparse linear adapter has weights
 
 
