@@ -18,7 +18,9 @@ Patch = Callable[[Tensor], Tensor]
 def patched(model: nn.Module, point: HookPoint, patch: Patch) -> Iterator[None]:
     """While the block lasts, what is at `point` of the model is replaced by `patch` of it."""
     module = model.get_submodule(point.module_path)
-    if point.where == "input":
+    if point.where == "input" and point.reads:  # within a block: the skip connection takes what the norm takes
+        handle = module.register_forward_pre_hook(in_place(patch), with_kwargs=True)
+    elif point.where == "input":
         handle = module.register_forward_pre_hook(at_input(patch), with_kwargs=True)
     else:
         handle = module.register_forward_hook(at_output(patch))
@@ -46,5 +48,16 @@ def at_input(patch: Patch) -> Callable[..., Any]:
         if args:
             return (patch(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": patch(kwargs["hidden_states"])}
+
+    return hook
+
+
+def in_place(patch: Patch) -> Callable[..., Any]:
+    """A forward pre-hook `with_kwargs` for the stream between attention and MLP: norm and skip connection hold one
+    tensor, which no module returns, so it is changed where it lies. `patch` gets a copy, which autograd may keep."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        x.copy_(patch(x.clone()))
 
     return hook

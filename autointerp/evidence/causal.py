@@ -120,15 +120,23 @@ class HeldBatch:
     """Place of each sequence's document in the shuffled corpus [b]."""
 
 
-def row_sets(fitted: FittedMap, latents: Sequence[int], sizes: Iterable[int], draws: int, seed: int) -> list[RowSet]:
+def row_sets(
+    fitted: FittedMap,
+    latents: Sequence[int],
+    sizes: Iterable[int],
+    draws: int,
+    seed: int,
+    random_sizes: Iterable[int] = (),
+) -> list[RowSet]:
     """The selection's first rows at each of `sizes` and all of them, with its controls; all fitted on the fit half.
 
-    latents: selected, by rank; those outside the map have no row and are passed over. Draws are made for all of it.
+    latents: selected, by rank; those outside the map have no row and are passed over. Draws are made for all of it, and
+    their first latents stand at each of `random_sizes`.
     """
     chosen = fitted.positions([j for j in latents if fitted.in_map(j)]) if fitted.changed else []
     half, p = fitted.fit_half, len(fitted.tracked)
     sets = [_row_set(fitted, "static", [], 0)]
-    for k in sorted({min(k, len(chosen)) for k in (*sizes, len(chosen))} - {0}):
+    for k in _cut(sizes, len(chosen)):
         sets.append(_row_set(fitted, "selected", chosen[:k], 0))
     if not chosen:
         return sets
@@ -137,11 +145,16 @@ def row_sets(fitted: FittedMap, latents: Sequence[int], sizes: Iterable[int], dr
     generator = np.random.default_rng(seed)
     for draw in range(1, draws + 1):
         picked = generator.choice(live, min(len(chosen), len(live)), replace=False).tolist()
-        drawn = _row_set(fitted, "random", picked, draw)
-        energy = _written_energy(half, picked, drawn.rows.double())
+        sets += [_row_set(fitted, "random", picked[:k], draw) for k in _cut(random_sizes, len(picked))]
+        energy = _written_energy(half, picked, sets[-1].rows.double())
         stretch = float(np.sqrt(target / energy)) if energy > 0 else 0.0
-        sets += [drawn, _row_set(fitted, "matched", picked, draw, stretch)]
+        sets.append(_row_set(fitted, "matched", picked, draw, stretch))
     return [*sets, _row_set(fitted, "all", range(p), 0)]
+
+
+def _cut(sizes: Iterable[int], most: int) -> list[int]:
+    """The sizes as far as there are so many, and all there are."""
+    return sorted({min(k, most) for k in (*sizes, most)} - {0})
 
 
 def _row_set(fitted: FittedMap, part: Part, at: Sequence[int], draw: int, stretch: float = 1.0) -> RowSet:

@@ -71,6 +71,7 @@ class InMemory(Directions):
 
     def __init__(self, dictionary: Dictionary):
         refuse_transcoder(dictionary, "reading the weights alone")
+        self.dictionary = dictionary
         self.d, self.m, self.format, self.hook = (
             dictionary.d_in,
             dictionary.d_sae,

@@ -18,6 +18,8 @@ MIN_FIRINGS = 20
 MIN_SHARE = 1e-3
 """Smallest share of what the first row of a pursuit explains that a further one must explain. Without noise everything
 is significant, also what the ridge leaves of large rows to latents that fire with them: some 1e-4 of those rows."""
+MIN_VARYING = 1e-5
+"""Smallest share of the change's energy that must vary with the text; sums of float32 products err by 1e-6."""
 MIN_SIZE = 1e-3
 """Smallest write that counts, as a share of the root mean square change: below it lie rounding and ridge leaks."""
 
@@ -46,7 +48,7 @@ class FittedMap:
     @property
     def changed(self) -> bool:
         """Whether the change varies with the text at all, beyond rounding."""
-        return self.all_tokens.energy > MIN_SIZE**2 * self.statistics.stream.square_change > 0
+        return self.all_tokens.energy > MIN_VARYING * self.statistics.stream.square_change > 0
 
     @cached_property
     def rows(self) -> Tensor:

@@ -122,8 +122,7 @@ class Evidence:
         check_context_length(run.context_length, model.max_positions)
         model.check_sees_adapter()
         if set(run.settings.selector) & set(WEIGHTS_ONLY):
-            found = ADAPTERS.get(run.adapter_format)
-            found.weight_changes(run.adapter, BaseWeights.at(run.base))  # says at once where weights do not say
+            check_readable(run, dictionary)
         bos = adds_bos(model.tokenizer) if dictionary.prepend_bos is None else dictionary.prepend_bos
         corpus = Corpus(documents, model.tokenizer, run.context_length, bos, run.max_tokens, run.settings.seed)
         corpus.check()
@@ -183,7 +182,7 @@ class Evidence:
         return {latent for latent in self._selection.latents if states[latent] == "revived"}
 
     def units(self) -> list[Unit]:
-        """The adapter's components, where it is of low rank, by the latents they read or write."""
+        """The adapter's hidden units or components, by the latents they read or write."""
         from autointerp.evidence.weights_evidence import units_of
 
         if self.dictionary.hook_in is not None:  # what reads and what is written are not of one stream
@@ -235,6 +234,17 @@ def check_given(run: Run) -> None:
                 f"--{_option(setting)} is read by no selector of {', '.join(run.settings.selector)}: add a --selector"
                 " that does, or leave it out"
             )
+
+
+def check_readable(run: Run, dictionary: Dictionary) -> None:
+    """InputError where the adapter's weights do not say what it does."""
+    found = ADAPTERS.get(run.adapter_format)
+    if found.on_latents:
+        from autointerp.evidence.latent_weights import read_latents
+
+        read_latents(run, dictionary)
+    else:
+        found.weight_changes(run.adapter, BaseWeights.at(run.base))
 
 
 def _option(setting: str) -> str:

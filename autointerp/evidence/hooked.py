@@ -7,17 +7,17 @@ of the activation x; the base side is the model as it is, bit for bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from autointerp.errors import InputError
-from autointerp.evidence.at_hook import at_input, at_output
+from autointerp.evidence.at_hook import at_input, at_output, in_place
 from autointerp.evidence.hookpoints import MID, HookPoint, Layout
 from autointerp.evidence.model_pair import Evaluation, ModelPair
 
@@ -101,7 +101,7 @@ def insert(model: PreTrainedModel, insertion: Insertion, layout: Layout | None =
         block = model.get_submodule(point.module_path)
         return block.register_forward_pre_hook(at_input(function), with_kwargs=True)
     norm = model.get_submodule(point.module_path)
-    return norm.register_forward_pre_hook(_in_place(function), with_kwargs=True)
+    return norm.register_forward_pre_hook(in_place(function), with_kwargs=True)
 
 
 def stream_after(layout: Layout, layer: int) -> HookPoint:
@@ -124,14 +124,3 @@ def _place(point: HookPoint, model: PreTrainedModel, layout: Layout) -> str:
     if point.layer > 0:
         return f"{layout.blocks}.{point.layer - 1}"
     return next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-
-
-def _in_place(function: HookFunction) -> Callable[..., Any]:
-    """For the stream between attention and MLP: norm and skip connection hold one tensor, which no module returns, so
-    it is changed where it lies. The function gets a copy, which autograd may keep."""
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        x.copy_(function(x.clone()))
-
-    return hook

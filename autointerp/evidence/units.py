@@ -36,6 +36,10 @@ class Component:
     side: UnitSide
     direction: Tensor
     """[d]"""
+    unit: int | None = None
+    """Which unit it is a side of; None where each component is a unit in itself."""
+    signed: bool = False
+    """Whether its sign means something, as in a ReLU network; else the strongest latent is made positive."""
 
 
 def lora_components(changes: WeightChanges, streamer: Streamer) -> list[Component]:
@@ -72,12 +76,20 @@ def describe(components: Sequence[Component], directions: Directions) -> list[Un
     """What each component says in latents; one pass over the decoder for each side.
 
     Read: the latents to whose activation it answers most, ⟨p, d_i⟩ each. Written: p ≈ Σ a_i d_i, by orthogonal matching
-    pursuit among the latents nearest in direction. The strongest latent of a unit has a positive weight.
+    pursuit among the latents nearest in direction. The strongest latent of a unit has a positive weight, unless its
+    sign means something.
     """
     units: list[Unit] = []
     for at, part, pairs in (*_answers(components, directions), *_parts(components, directions)):
-        units += unit_rows(at, part.name, part.side, pairs)
+        unit = at if part.unit is None else part.unit
+        units += unit_rows(unit, part.name, part.side, pairs, part.signed)
     return sorted(units, key=lambda unit: unit.unit)
+
+
+def strongest(sizes: Tensor) -> list[int]:
+    """The N_UNITS units of largest size [h], largest first; those without any are left out."""
+    order = sizes.argsort(descending=True, stable=True)[:N_UNITS].tolist()
+    return [unit for unit in order if sizes[unit] > 0]
 
 
 Described = Iterator[tuple[int, Component, list[tuple[int, float]]]]
@@ -107,26 +119,26 @@ def _parts(components: Sequence[Component], directions: Directions) -> Described
         yield at, part, [(latents[i], a) for i, a in decompose(part.direction, mine, N_LATENTS)]
 
 
-def unit_rows(unit: int, name: str, side: UnitSide, pairs: Iterable[tuple[int, float]]) -> list[Unit]:
-    """Rows of the table for one side of a unit of which (latent, weight) are known; strongest first, that one positive.
-
-    For units whose sign means something, such as those of a ReLU network, give both sides as they are: see
-    `network_rows`.
-    """
+def unit_rows(
+    unit: int, name: str, side: UnitSide, pairs: Iterable[tuple[int, float]], signed: bool = False
+) -> list[Unit]:
+    """Rows of the table for one side of a unit of which (latent, weight) are known, strongest first; that one is made
+    positive, unless the signs mean something."""
     ranked = sorted((pair for pair in pairs if pair[1]), key=lambda pair: -abs(pair[1]))
-    sign = 1 if not ranked or ranked[0][1] > 0 else -1
+    sign = 1 if signed or not ranked or ranked[0][1] > 0 else -1
     return [Unit(unit, name, side, j, sign * weight, rank) for rank, (j, weight) in enumerate(ranked, start=1)]
 
 
-def network_rows(reads: Tensor, writes: Tensor, name: str = "unit") -> list[Unit]:
-    """Units of a network that reads and writes latents: reads, writes [h, m], signed as they are; see pullback.py."""
+def network_rows(reads: Tensor, writes: Tensor, numbers: Sequence[int] | None = None, name: str = "unit") -> list[Unit]:
+    """Units that read and write latents: reads, writes [h, m], signed as they are; see pullback.py. `numbers`: what
+    they are called in the adapter's own weights."""
     rows: list[Unit] = []
-    for unit in range(len(reads)):
+    for unit, number in enumerate(range(len(reads)) if numbers is None else numbers):
         sides: tuple[tuple[UnitSide, Tensor], ...] = (("reads", reads[unit]), ("writes", writes[unit]))
         for side, weights in sides:
             order = weights.abs().topk(min(N_LATENTS, len(weights))).indices.tolist()
-            kept = [(j, float(weights[j])) for j in order if weights[j]]
-            rows += [Unit(unit, f"{name} {unit}", side, j, w, rank) for rank, (j, w) in enumerate(kept, start=1)]
+            pairs = [(j, float(weights[j])) for j in order]
+            rows += unit_rows(unit, f"{name} {number}", side, pairs, signed=True)
     return rows
 
 

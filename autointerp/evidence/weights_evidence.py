@@ -1,21 +1,26 @@
-"""`select` by weights alone as one object with the face of `Evidence`: seconds, no corpus, no forward pass."""
+"""`select` by weights alone as one object with the face of `Evidence`: seconds, no corpus, no forward pass; and what
+every kind of adapter says by its weights, in one form."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from autointerp.errors import InputError
 from autointerp.evidence.adapters import ADAPTERS
-from autointerp.evidence.directions import Directions, open_directions
+from autointerp.evidence.dictionaries.base import load_dictionary
+from autointerp.evidence.directions import Directions, InMemory, open_directions
+from autointerp.evidence.latent_weights import read_latents
 from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.units import describe, lora_components
-from autointerp.evidence.weights_only import Change, Streamer, WeightScores, read_weights, score
+from autointerp.evidence.weights_only import Change, Streamer, rank, read_weights, score
 from autointerp.evidence.wiring import Wiring
-from autointerp.records import DecoderToken, Role, Unit, Write
+from autointerp.records import DecoderToken, Unit, Write
 from autointerp.run import AUTO_TOP, Run
 
 
@@ -30,22 +35,80 @@ class WeightSelection:
     """Columns of the store's `runs`."""
 
 
+class Reading(Protocol):
+    """What the weights of an adapter say."""
+
+    def ranking(self, top: int, fdr: float) -> Ranking:
+        """The latents that pass at `fdr`, those that stand out most first; at most `top`."""
+        ...
+
+    def writes(self, latents: Sequence[int]) -> list[Write]:
+        """What these latents raise and lower, where weights say it."""
+        ...
+
+
+@dataclass(frozen=True)
+class MatrixReading:
+    """Of an adapter that changes weight matrices of the model."""
+
+    change: Change
+    streamer: Streamer
+    directions: Directions
+
+    def ranking(self, top: int, fdr: float) -> Ranking:
+        scores = score(self.change, self.directions, self.streamer.wiring.layer_norm)
+        return rank(scores, self.change.note, top, fdr)
+
+    def writes(self, latents: Sequence[int]) -> list[Write]:
+        """None: what a latent's firing leads to goes through the model."""
+        return []
+
+
+def directions_for(run: Run) -> Directions:
+    """Those of the run's dictionary: loaded whole where the adapter acts on its latents, else block by block."""
+    if ADAPTERS.get(run.adapter_format).on_latents:
+        return InMemory(load_dictionary(run.sae, hook=run.hook))
+    return open_directions(run.sae)
+
+
+def reading_of(run: Run, directions: Directions, mean: Tensor | None = None) -> Reading:
+    """What the weights of the run's adapter, whose hook is known, say. mean: E[z] [m], from a corpus if there is one.
+    InputError, in one line, where they do not say."""
+    if isinstance(directions, InMemory) and ADAPTERS.get(run.adapter_format).on_latents:
+        return read_latents(run, directions.dictionary, mean)
+    return MatrixReading(*read_weights(run, directions), directions)
+
+
+def units_of(run: Run, directions: Directions) -> list[Unit]:
+    """The units of an adapter; none where its files do not tell of any."""
+    base = BaseWeights.at(run.base)
+    try:
+        if isinstance(directions, InMemory) and ADAPTERS.get(run.adapter_format).on_latents:
+            return read_latents(run, directions.dictionary).units
+        changes = ADAPTERS.get(run.adapter_format).weight_changes(run.adapter, base)
+        if not changes.low_rank:
+            return []
+        streamer = Streamer(Wiring.of(run.hook or "", None if base is None else base.config, changes.modules), base)
+        return describe(lora_components(changes, streamer), directions)
+    except InputError:
+        return []
+
+
 class WeightsEvidence:
     """One run's weights, read. Made by `load`, which finds whatever is wrong with the input."""
 
-    def __init__(self, run: Run, directions: Directions, change: Change, streamer: Streamer):
+    def __init__(self, run: Run, directions: Directions, reading: Reading):
         """Use `WeightsEvidence.load`."""
-        self.run, self.directions = run, directions
-        self._change, self._streamer = change, streamer
+        self.run, self.directions, self._reading = run, directions, reading
 
     @classmethod
     def load(cls, run: Run) -> WeightsEvidence:
         """Reads the adapter, and of the base what it takes, if it is here. InputError in one line."""
         if run.settings.top == "auto":
             raise InputError("--top auto follows the coverage curve, which takes a corpus: give --top a number")
-        directions = open_directions(run.sae)
+        directions = directions_for(run)
         run = run.with_hook(directions.hook)
-        return cls(run, directions, *read_weights(run, directions))
+        return cls(run, directions, reading_of(run, directions))
 
     @property
     def shape(self) -> dict[str, str | int | None]:
@@ -56,9 +119,8 @@ class WeightsEvidence:
     def select(self) -> tuple[WeightSelection, list[Write]]:
         """Goes through the dictionary once and chooses."""
         settings, m = self.run.settings, self.directions.m
-        scores = score(self._change, self.directions, self._streamer.wiring.layer_norm)
         top = AUTO_TOP if settings.top == "auto" else settings.top
-        ranking = rank(scores, self._change, top, settings.fdr)
+        ranking = self._reading.ranking(top, settings.fdr)
         rank_of, role = np.full(m, np.nan), np.full(m, None, dtype=object)
         rank_of[ranking.latents] = np.arange(1, len(ranking.latents) + 1)
         role[ranking.latents] = ranking.roles
@@ -72,10 +134,11 @@ class WeightsEvidence:
         if (shared := self.directions.relative_norm) is not None:
             columns["relative_norm"] = shared.double().cpu().numpy()
         figures: dict[str, Any] = {"n_pass": ranking.n_pass, "notes": ranking.note}
-        return WeightSelection(ranking.latents, columns | ranking.columns, figures), []
+        selection = WeightSelection(ranking.latents, columns | ranking.columns, figures)
+        return selection, self._reading.writes(ranking.latents)
 
     def units(self) -> list[Unit]:
-        """The components of the adapter, where it is of low rank, by the latents they read or write."""
+        """The hidden units or components of the adapter, by the latents they read or write."""
         return units_of(self.run, self.directions)
 
     def decoder_tokens(self) -> list[DecoderToken]:
@@ -90,30 +153,3 @@ class WeightsEvidence:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def units_of(run: Run, directions: Directions) -> list[Unit]:
-    """The units of an adapter; none where its files do not tell of any."""
-    base = BaseWeights.at(run.base)
-    try:
-        changes = ADAPTERS.get(run.adapter_format).weight_changes(run.adapter, base)
-        if not changes.low_rank:
-            return []
-        streamer = Streamer(Wiring.of(run.hook or "", None if base is None else base.config, changes.modules), base)
-        return describe(lora_components(changes, streamer), directions)
-    except InputError:
-        return []
-
-
-def rank(scores: WeightScores, change: Change, top: int, fdr: float) -> Ranking:
-    """The latents that pass at `fdr`, those that stand out most first; at most `top`."""
-    passing = np.flatnonzero((scores.q_value <= fdr) & np.isfinite(scores.statistic))
-    latents = passing[np.argsort(-scores.statistic[passing], kind="stable")][:top].tolist()
-    roles: list[Role] = ["written" if scores.written[latent] else "read" for latent in latents]
-    columns = {
-        "statistic": scores.statistic,
-        "q_value": np.where(np.isfinite(scores.statistic), scores.q_value, np.nan),
-        "write_weight": scores.writes,
-        "read_weight": scores.reads,
-    }
-    return Ranking(latents, roles, scores.change, columns, len(passing), change.note)

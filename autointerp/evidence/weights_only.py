@@ -20,9 +20,11 @@ from autointerp.evidence.adapters import ADAPTERS
 from autointerp.evidence.directions import Block, Directions
 from autointerp.evidence.energy import Energy, Standardised, relative, standardise
 from autointerp.evidence.lora_weights import INSTEAD
+from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.weight_change import WeightChange, WeightChanges
 from autointerp.evidence.wiring import WRITERS, Side, Wiring
+from autointerp.records import Role
 from autointerp.run import Run
 
 
@@ -168,7 +170,7 @@ class WeightScores:
 
 
 def score(change: Change, directions: Directions, layer_norm: bool = False) -> WeightScores:
-    """Both sides of every latent. Where both are there, each is tested at half the level."""
+    """Both sides of every latent."""
     nothing = np.full(directions.m, np.nan)
     sides: list[tuple[np.ndarray, Standardised]] = []
     for energy, blocks, centred in (
@@ -181,15 +183,20 @@ def score(change: Change, directions: Directions, layer_norm: bool = False) -> W
         else:
             sides.append((nothing, Standardised(nothing, np.ones(directions.m))))
     (writes, w), (reads, r) = sides
-    written = np.nan_to_num(w.z, nan=-np.inf) >= np.nan_to_num(r.z, nan=-np.inf)
-    tests = bool(change.writes.trace) + bool(change.reads.trace)
-    return WeightScores(
-        writes,
-        reads,
-        np.where(written, w.z, r.z),
-        np.minimum(max(tests, 1) * np.minimum(w.q, r.q), 1.0),
-        written,
-    )
+    return better_side((writes, w.z, w.q), (reads, r.z, r.q))
+
+
+Tested = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""√ρ, standard deviations and q-values of one side, [m] each."""
+
+
+def better_side(write: Tested, read: Tested) -> WeightScores:
+    """The side of each latent that stands out more. Where both are there, each is tested at half the level."""
+    (writes, w_z, w_q), (reads, r_z, r_q) = write, read
+    written = np.nan_to_num(w_z, nan=-np.inf) >= np.nan_to_num(r_z, nan=-np.inf)
+    tests = sum(bool(np.isfinite(sizes).any()) for sizes in (writes, reads))
+    q = np.minimum(max(tests, 1) * np.minimum(w_q, r_q), 1.0)
+    return WeightScores(writes, reads, np.where(written, w_z, r_z), q, written)
 
 
 def _relative(energy: Energy, blocks: Iterator[Block], m: int, centred: bool) -> np.ndarray:
@@ -216,3 +223,17 @@ def read_weights(run: Run, directions: Directions) -> tuple[Change, Streamer]:
             f"adapter {run.adapter}: nothing of it can be read by its weights at {run.hook} ({change.note}); {INSTEAD}"
         )
     return change, streamer
+
+
+def rank(scores: WeightScores, note: str, top: int, fdr: float) -> Ranking:
+    """The latents that pass at `fdr`, those that stand out most first; at most `top`."""
+    passing = np.flatnonzero((scores.q_value <= fdr) & np.isfinite(scores.statistic))
+    latents = passing[np.argsort(-scores.statistic[passing], kind="stable")][:top].tolist()
+    roles: list[Role] = ["written" if scores.written[latent] else "read" for latent in latents]
+    columns = {
+        "statistic": scores.statistic,
+        "q_value": np.where(np.isfinite(scores.statistic), scores.q_value, np.nan),
+        "write_weight": scores.writes,
+        "read_weight": scores.reads,
+    }
+    return Ranking(latents, roles, scores.change, columns, len(passing), note)

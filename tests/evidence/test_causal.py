@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from autointerp.evidence.paired import PairedModel
 from autointerp.run import Run
 from tests import tiny
 from tests.e2e import world as calm_world
+from tests.evidence.test_hooked import by_hand
 from tests.evidence.world import World, build, saved_model
 
 PLANTED = [8, 10, 30]
@@ -171,18 +173,8 @@ class Plainly:
         return out
 
     def run(self, side: str, ids: Tensor, edit: Callable[[Tensor], Tensor]) -> Tensor:
-        def at_output(_module: Any, _args: Any, output: Any) -> Any:
-            return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
-
-        with self.pair.base() if side == "base" else self.pair.adapted() as model:
-            module = model.get_submodule(self.hook.module_path)
-            if self.hook.where == "input":
-                handle = module.register_forward_pre_hook(lambda _m, args: (edit(args[0]), *args[1:]))
-            else:
-                handle = module.register_forward_hook(at_output)
-            logits = model(ids, use_cache=False).logits
-            handle.remove()
-        return logits
+        with self.pair.base() if side == "base" else self.pair.adapted() as model, by_hand(model, self.hook.name, edit):
+            return model(ids, use_cache=False).logits
 
 
 def test_held_out_documents_only_and_whole(world: World) -> None:
@@ -218,3 +210,14 @@ def test_rows_outside_the_map_are_passed_over(world: World) -> None:
         del fitted._index[5]
         sets = row_sets(fitted, [5, 6], (1, 2, 50), draws=1, seed=0)
     assert [(s.part, s.k) for s in sets] == [("static", 0), ("selected", 1), ("random", 1), ("matched", 1), ("all", 48)]
+
+
+def test_random_rows_beside_every_number_of_selected_ones(world: World) -> None:
+    with Evidence.load(world.run) as evidence:
+        fitted, _ = fit(evidence)
+        sets = row_sets(fitted, [5, 6, 7], (1,), draws=2, seed=0, random_sizes=(1, 2, 50))
+    drawn = [s for s in sets if s.part == "random"]
+    assert [(s.draw, s.k) for s in drawn] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]
+    for one, next_one in pairwise(drawn[:3]):  # the same draw, taken further
+        assert next_one.columns[: one.k].tolist() == one.columns.tolist()
+    assert [s.k for s in sets if s.part == "matched"] == [3, 3]

@@ -124,6 +124,19 @@ def test_logits(family):
                 assert torch.allclose(adapted, plain(ids).logits, atol=2e-4)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_patching_what_is_at_the_hook_is_inserting_there(family):
+    """Whichever point it is, skip connection and all: `check` and `attribution` patch, an adapter is inserted."""
+    ids, plain, function = tiny.token_ids(), tiny.model(family), Bend()
+    points = [point for point in POINTS if not (Layout.of(plain).parallel and point == "hook_resid_mid")]
+    for at in [f"blocks.{layer}.{point}" for layer in (0, 2) for point in points]:
+        model = hooked(tiny.model(family), at, at, function)
+        base, adapted = model.logits(ids)
+        edited, _ = model.patched_logits("base", ids, function)
+        assert torch.allclose(edited, adapted, atol=2e-4), at
+        assert not torch.allclose(edited, base, atol=1e-2), at
+
+
 def test_the_stream_between_two_blocks_is_one_place():
     ids = tiny.token_ids()
     for at in ("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"):

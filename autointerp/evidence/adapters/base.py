@@ -43,6 +43,8 @@ class AdapterFormat(ABC):
     name: str
     generic: bool = False
     """Whether files of a more special format also look like this one, so that the others are asked first."""
+    on_latents: bool = False
+    """Whether its weights are read in the latents of its dictionary (latent_weights.py), not as changed matrices."""
 
     @abstractmethod
     def matches(self, path: Path) -> bool:

@@ -22,6 +22,7 @@ class SaeAdapterFormat(InsertingFormat):
     """`sae_adapter.json` and `sae_adapter.safetensors`."""
 
     name = "sae_adapter"
+    on_latents = True
 
     def matches(self, path: Path) -> bool:
         return any(file.is_file() for file in self.files(path))

@@ -3,10 +3,11 @@ corpus and no model; asked beside a corpus, the change map measures how much of 
 
 from __future__ import annotations
 
+import torch
+
 from autointerp.evidence.directions import InMemory
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
-from autointerp.evidence.weights_evidence import rank
-from autointerp.evidence.weights_only import read_weights, score
+from autointerp.evidence.weights_evidence import reading_of
 
 
 @SELECTORS.register("weights")
@@ -15,7 +16,6 @@ def weights(question: Question) -> Ranking:
     run, dictionary = question.given.run, question.given.dictionary
     if run is None or dictionary is None:
         raise ValueError("the weights selector reads the run's adapter and dictionary")
-    directions = InMemory(dictionary)
-    change, streamer = read_weights(run, directions)
-    scores = score(change, directions, streamer.wiring.layer_norm)
-    return rank(scores, change, question.top, question.fdr)
+    statistics = question.fitted.statistics
+    mean = torch.from_numpy(statistics.base.total / max(statistics.n_tokens, 1))
+    return reading_of(run, InMemory(dictionary), mean).ranking(question.top, question.fdr)
