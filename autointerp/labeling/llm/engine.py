@@ -176,6 +176,8 @@ class Engine:
         try:
             return await self._keep(answer, sha256, parse, settled)
         except _MisfitError as misfit:
+            if answer.finish == "length":  # with more room it would go on, not end
+                raise Terminal(f"unusable answer from {self.name}: {misfit}") from None
             repair = (
                 f"That answer cannot be used: {misfit}. Answer again with one JSON object in the stated format only."
             )
