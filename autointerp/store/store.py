@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -179,11 +180,15 @@ class Store:
     # Reading
 
     def arrow(self, sql: str, params: Params = None) -> pa.Table:
-        """The whole answer of one statement, of what is committed."""
+        """The whole answer of one statement, of what is committed. StoreError once the store has failed."""
         cursor = self._handle.connection.cursor()
         try:
             relation = cursor.sql(sql, params=params) if params else cursor.sql(sql)
             return relation.to_arrow_table() if relation is not None else pa.table({})
+        except duckdb.FatalException as error:
+            if self._writer is None:
+                raise
+            raise self._writer.failed(error) from error  # after a failed write DuckDB reads no more either
         finally:
             cursor.close()
 

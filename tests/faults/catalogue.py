@@ -18,8 +18,8 @@ from .server import Fault, error
 
 Protocol = Literal["chat", "responses", "messages"]
 PROVIDERS: dict[Protocol, str] = {"chat": "openai", "responses": "openai", "messages": "anthropic"}
-DEADLINE_S = 0.4
-"""Of calls that would never end."""
+DEADLINE_S = 1.0
+"""Of calls that would never end; a good answer has to come within it, too."""
 
 
 class Ends(NamedTuple):
@@ -125,6 +125,9 @@ _BROKE: dict[str, Named] = {
     "anthropic": Named("400, no credit", STOP, error(400, "Your credit balance is too low", kind="billing_error")),
 }
 
+DOWN = Fault(breaks="refuse", delay_s=0.02)
+"""One for many calls at once: the connection is reset, and nobody listens for a moment."""
+
 
 def catalogue(protocol: Protocol) -> list[Named]:
     """All faults of single calls, those that stop the provider last."""
@@ -153,12 +156,12 @@ async def scene(folder: Path, protocol: Protocol) -> AsyncIterator[Bench]:
         yield b
 
 
-async def meet(b: Bench, named: Named, always: bool = False) -> Met:
+async def meet(b: Bench, named: Named, always: bool = False, deadline_s: float = DEADLINE_S) -> Met:
     """Labels one planted latent whose first question, or every one, meets a fault."""
     n, bill = len(b.server.requests), replace(b.server.bill)
     b.server.choose = lambda: named.fault if always or len(b.server.requests) == n + 1 else None
     run_id = f"{named.name}, {'always' if always else 'once'}"
-    engine = b.make(run_id, timeout_s=DEADLINE_S) if named.fault.breaks in ("hang", "drip") else b.make(run_id)
+    engine = b.make(run_id, timeout_s=deadline_s) if named.fault.breaks in ("hang", "drip") else b.make(run_id)
     try:
         label = await LLMLabeler(engine, LabelingSettings(run_id)).label(planted(word=f"assert{n}"))
         state, said = label.status, str(label)

@@ -29,7 +29,7 @@ MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5"}
 SOON = Patience(
     linger_s=0.05, first_poll_s=0.01, longest_poll_s=0.02, grace_s=0.05, first_wait_s=0.002, longest_wait_s=0.01
 )
-QUICK = Retries(first_wait_s=0.002, longest_wait_s=0.02, total_s=5.0)
+QUICK = Retries(first_wait_s=0.002, longest_wait_s=0.02, total_s=60.0)
 
 
 @dataclass

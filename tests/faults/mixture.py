@@ -19,7 +19,6 @@ from autointerp import cli
 from autointerp.errors import ProviderError
 from autointerp.labeling.base import LabelingSettings
 from autointerp.labeling.labelers.llm import LLMLabeler
-from autointerp.labeling.llm.sending import Retries
 from autointerp.labeling.scorers.detection import DetectionScorer
 from autointerp.labeling.work import FINISHED, Work, usable
 from autointerp.progress import BarReporter
@@ -31,7 +30,6 @@ from .protocols import question_of
 from .server import Fault, FaultServer
 
 RUN = "run"
-RETRIES = Retries(first_wait_s=0.002, longest_wait_s=0.02, total_s=60.0)
 
 
 class Mixture:
@@ -78,11 +76,8 @@ async def label_all(folder: Path, server: FaultServer, provider: str, concurrenc
     for n_commands in range(1, 10_000):
         async with AsyncExitStack() as held:
             b = await held.enter_async_context(
-                bench(
-                    folder, provider=provider, server=server, retries=RETRIES, concurrency=concurrency,
-                    timeout_s=deadline_s,
-                )
-            )  # fmt: skip
+                bench(folder, provider=provider, server=server, concurrency=concurrency, timeout_s=deadline_s)
+            )
             settings = LabelingSettings(RUN)
             labeler, reporter = LLMLabeler(b.engine, settings), held.enter_context(BarReporter())
             work = Work(b.store, RUN, labeler, [DetectionScorer(b.engine, settings)], 2 * concurrency, Stop(), reporter)

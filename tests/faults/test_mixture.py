@@ -10,14 +10,12 @@ import pytest
 
 from autointerp.store import Store
 
-from .catalogue import PROVIDERS, STOP, Protocol, catalogue
+from .catalogue import DOWN, PROVIDERS, STOP, Protocol, catalogue
 from .harness import MODELS
 from .mixture import Mixture, assert_accounted_for, audit, everything_said, label_all, plant
-from .server import Fault, FaultServer, oracle
+from .server import FaultServer, oracle
 
 N, SHARE = 20, 0.05
-DOWN = Fault(breaks="refuse", delay_s=0.02)
-"""The connection is reset, and nobody listens for a moment."""
 
 
 @pytest.mark.parametrize("protocol", [name for name in PROVIDERS if name != "responses"])
