@@ -52,6 +52,8 @@ def scene(fault: str, ends: str, b: Bench) -> Scene:
         "coalesce(sum(usd_estimated) FILTER (usd IS NULL), 0) AS in_doubt FROM calls"
     )
     bill = b.server.bill
+    assert books["usd"] <= bill.usd + 1e-12
+    assert bill.usd + bill.unseen_usd <= books["usd"] + books["in_doubt"] + 1e-12
     return Scene(
         fault, ends, books["n"], len(b.server.requests), books["usd"], bill.usd, books["in_doubt"], bill.unseen_usd
     )
@@ -64,10 +66,20 @@ async def ask(b: Bench, numbers: Sequence[int], engine: Any = None) -> list[Any]
     return await asyncio.gather(*asks, return_exceptions=True)
 
 
+ENDS = {
+    "Reply": "answered",
+    "Terminal": "failed",
+    "BudgetError": "stopped by the budget",
+    "ProviderError": "stopped with the provider",
+    "Interrupted": "not begun",
+    "StoreError": "stopped with the disk",
+}
+
+
 def counted(replies: Sequence[Any]) -> str:
-    """How many of each: `12 answered, 3 BudgetError`."""
-    kinds = Counter(type(r).__name__ if isinstance(r, BaseException) else "answered" for r in replies)
-    return ", ".join(f"{n} {name}" for name, n in sorted(kinds.items(), key=lambda item: item[0] != "answered"))
+    """How many of each: `12 answered, 3 failed`."""
+    kinds = Counter(ENDS[type(reply).__name__] for reply in replies)
+    return ", ".join(f"{n} {end}" for end, n in sorted(kinds.items(), key=lambda item: item[0] != "answered"))
 
 
 async def refused_connections(folder: Path, provider: str) -> list[Scene]:

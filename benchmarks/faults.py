@@ -213,7 +213,8 @@ between attempts are scaled down to 2–20 ms, the deadline of a call that never
   what the server charged for those.
 
 Dollars are in millionths unless it says otherwise. The command fails unless ledger = bill, unseen ≤ in doubt, and each
-latent and the number of its calls end as they should."""
+question ends as it should after as many calls as it should. A full disk and a kill come between an answer and its
+commit: there ledger ≤ bill ≤ ledger + in doubt."""
 
 CALLS = """
 ## One question meets a fault

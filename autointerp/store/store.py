@@ -296,7 +296,8 @@ def _row(run_id: str, record: Any, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _label(row: dict[str, Any]) -> Label:
-    return Label(**{**{name: row[name] for name in _LABEL_COLUMNS}, "rule": json.loads(row["rule"] or "null")})
+    values = {name: row[name] for name in _LABEL_COLUMNS}
+    return Label(**values | {"rule": json.loads(row["rule"] or "null"), "salvaged": bool(row["salvaged"])})
 
 
 def _frozen(value: Any) -> Any:

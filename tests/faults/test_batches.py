@@ -199,14 +199,15 @@ async def crash(folder: Path, provider: str, moment: str, server: FaultServer, m
 
     async with bench(folder, provider=provider, respond=says(GOOD), batch=True, server=server) as b:
         batches, api = b.engine._batches, b.engine._batches.api
-        create = api.create
+        create, reached = api.create, asyncio.Event()
 
         async def killed(*_: Any) -> Any:
+            reached.set()
             raise KilledError
 
         async def created_and_killed(*args: Any) -> str:
             await create(*args)
-            raise KilledError
+            return await killed()
 
         if moment == "before it is created":
             monkeypatch.setattr(api, "create", killed)
@@ -217,9 +218,8 @@ async def crash(folder: Path, provider: str, moment: str, server: FaultServer, m
         else:
             monkeypatch.setattr(batches, "_settle", killed)
         tasks = [asyncio.create_task(b.engine.ask(question(i), word, latent=i, purpose="label")) for i in range(5)]
-        while not any(task.done() for task in b.engine._sender._under_way) and not b.calls():  # type: ignore[attr-defined]
-            await asyncio.sleep(0.005)
-        await asyncio.sleep(0.15)
+        await asyncio.wait_for(reached.wait(), 30)
+        await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
         b.store.flush()
