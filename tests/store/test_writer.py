@@ -212,7 +212,7 @@ def test_a_full_disk_is_named_and_loses_nothing_that_was_acknowledged(tmp_path: 
         try:
             store.read("SELECT count(*) FROM labels")
         except StoreError as error:
-            failed.append(str(error))
+            assert str(error) == failed[0]  # where it was a checkpoint that failed, DuckDB reads no more either
         try:
             store.close()
         except StoreError as error:
@@ -222,7 +222,7 @@ def test_a_full_disk_is_named_and_loses_nothing_that_was_acknowledged(tmp_path: 
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     n_kept, n_told, message = done.stdout.split(" ", 2)
-    assert n_told == "5"
+    assert n_told == "4"
     assert str(path) in message
     assert "cannot be written" in message
     with Store.open(path) as store:
