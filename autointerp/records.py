@@ -153,6 +153,8 @@ class Label:
     prompt_sha256: str | None = None
     rule: dict | None = field(default=None, hash=False)
     """The executable rule behind a lexical label; None for labels in free text."""
+    salvaged: bool = False
+    """The model's answer held more than was asked for, or was cut off: the label was found in it all the same."""
 
 
 @dataclass(frozen=True, slots=True)

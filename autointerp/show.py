@@ -278,6 +278,8 @@ def _label(row: dict[str, Any], scores: Iterable[dict[str, Any]]) -> RenderableT
     for name, style in (("explanation", ""), ("effect", "cyan"), ("error", "red")):
         if row[name]:
             lines.append(Text(f"  {visible(row[name])}", style=style))
+    if row["salvaged"]:
+        lines.append(Text("  salvaged: the answer held more than was asked for, or was cut off", style="yellow"))
     for score in scores:
         interval = "" if score["ci_low"] is None else f" [{score['ci_low']:.2f}, {score['ci_high']:.2f}]"
         null = "" if score["null_value"] is None else f", another latent's label {score['null_value']:.2f}"

@@ -107,7 +107,8 @@ def latent_objects(store: Store, run_id: str) -> Iterator[dict[str, Any]]:
         key = [run_id, latent]
         (row,) = store.read("SELECT * EXCLUDE (selected) FROM latents WHERE run_id = ? AND latent = ?", key)
         (label,) = store.read(
-            "SELECT label, explanation, effect, status, labeler, scorer, score, null_score FROM changed_latents "
+            "SELECT c.label, c.explanation, c.effect, c.status, l.salvaged, c.labeler, scorer, score, null_score "
+            "FROM changed_latents AS c LEFT JOIN labels AS l USING (run_id, latent, labeler) "
             "WHERE run_id = ? AND latent = ?",
             key,
         )

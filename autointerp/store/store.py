@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -179,11 +180,15 @@ class Store:
     # Reading
 
     def arrow(self, sql: str, params: Params = None) -> pa.Table:
-        """The whole answer of one statement, of what is committed."""
+        """The whole answer of one statement, of what is committed. StoreError once the store has failed."""
         cursor = self._handle.connection.cursor()
         try:
             relation = cursor.sql(sql, params=params) if params else cursor.sql(sql)
             return relation.to_arrow_table() if relation is not None else pa.table({})
+        except duckdb.FatalException as error:
+            if self._writer is None:
+                raise
+            raise self._writer.failed(error) from error  # after a failed write DuckDB reads no more either
         finally:
             cursor.close()
 
@@ -291,7 +296,8 @@ def _row(run_id: str, record: Any, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def _label(row: dict[str, Any]) -> Label:
-    return Label(**{**{name: row[name] for name in _LABEL_COLUMNS}, "rule": json.loads(row["rule"] or "null")})
+    values = {name: row[name] for name in _LABEL_COLUMNS}
+    return Label(**values | {"rule": json.loads(row["rule"] or "null"), "salvaged": bool(row["salvaged"])})
 
 
 def _frozen(value: Any) -> Any:

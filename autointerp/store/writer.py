@@ -241,11 +241,16 @@ class Writer:
         except FATAL as error:
             self._give_up(error)
 
-    def _give_up(self, error: BaseException) -> None:
-        self._fatal = StoreError(
+    def failed(self, error: BaseException) -> StoreError:
+        """What is said of the store once `error`, or one before it, has come."""
+        message = self._fatal or (
             f"the store {self.path} cannot be written: {first_line(error)}; what was committed is safe: "
             "make room and run the same command again"
         )
+        return StoreError(str(message))
+
+    def _give_up(self, error: BaseException) -> None:
+        self._fatal = self.failed(error)
         self._replica.stale = False  # nothing more will come
 
 

@@ -5,23 +5,17 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .serving import MODELS, Serving
+from .kills import LABELER, PATIENCE_S, assert_asked_once, kill, labelling, wait_until
+from .serving import Serving
 from .world import Shell, World, read, save_corpus
 
-LABELER = MODELS["openai"]
 K = 8
-PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -39,37 +33,11 @@ def copied(ready: World, tmp_path: Path) -> World:
     return ready.copy(tmp_path / "w")
 
 
-@contextmanager
-def labelling(world: World, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """The command in a process of its own."""
-    words = world.args(labeler=LABELER, top=K, **options)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "autointerp", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.communicate()
-
-
-def wait_until(reached: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not reached():
-        assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.002)
-
-
-def answered(world: World) -> set[str]:
-    """Requests whose answers are committed; asked while the other process writes, so from its replica or after it."""
-    return {row["request_sha256"] for row in read(world.db, "SELECT request_sha256 FROM answers")}
-
-
 @pytest.mark.parametrize("when", [4, K + 6], ids=["labelling", "scoring"])
 def test_ctrl_c_drains_and_the_same_command_goes_on(when: int, copied: World, shell: Shell, use: Any) -> None:
     with Serving(latency_s=0.05) as server:
         use(server)
-        with labelling(copied, concurrency=2) as child:
+        with labelling(copied, top=K, concurrency=2) as child:
             wait_until(lambda: len(server.requests) >= when or child.poll() is not None, "requests")
             # Meanwhile the store can be read, and not written by anybody else.
             meanwhile = shell(
@@ -100,25 +68,12 @@ def test_kill_9_at_random_moments(copied: World, shell: Shell, use: Any) -> None
     draw = random.Random(0)
     with Serving(latency_s=0.03) as server:
         use(server)
-        kept: set[str] = set()
-        for _ in range(2):
-            goal = len(server.requests) + draw.randrange(3, 20)
-            with labelling(copied, concurrency=3) as child:
-                wait_until(lambda goal=goal: len(server.requests) >= goal or child.poll() is not None, "requests")
-                child.kill()
-                child.communicate()
-            assert kept <= answered(copied), "nothing that was committed is lost"
-            kept = answered(copied)
-        before = len(server.requests)
-        assert 0 < len(kept) < before + 1
+        kills = [kill(copied, server, draw, early, top=K, concurrency=3) for early in (False, True, False)]
+        assert kills[-1].answers
         says = shell(*copied.args(labeler=LABELER, top=K))
         assert says.status == 0, says
-        calls = read(copied.db, "SELECT status, request_sha256 FROM calls")
-        in_doubt = [call for call in calls if call["status"] == "in_doubt"]
-        assert {call["status"] for call in calls} <= {"ok", "in_doubt"}
-        assert server.repeats() <= len(in_doubt) <= 2 * 3
-        paid = [call["request_sha256"] for call in calls if call["status"] == "ok"]
-        assert len(paid) == len(set(paid)), "each answer that was committed was asked for once"
+        books = assert_asked_once(copied, server, kills)
+        assert books.n_in_flight <= 3 * 3
     assert len(read(copied.db, f"SELECT 1 FROM labels WHERE labeler = '{LABELER}' AND status = 'ok'")) == K
     assert len(read(copied.db, "SELECT 1 FROM scores WHERE scorer = 'detection'")) == K
     assert sorted(file.name for file in copied.path.glob("store*")) == ["store.duckdb"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5"}
 SOON = Patience(
     linger_s=0.05, first_poll_s=0.01, longest_poll_s=0.02, grace_s=0.05, first_wait_s=0.002, longest_wait_s=0.01
 )
-QUICK = Retries(first_wait_s=0.002, longest_wait_s=0.02, total_s=5.0)
+QUICK = Retries(first_wait_s=0.002, longest_wait_s=0.02, total_s=60.0)
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Bench:
     server: FaultServer
     store: Store
     engine: Engine
+    make: Callable[..., Engine]
+    """(run id, settings that differ …) → another engine on the same store and server."""
 
     def calls(self) -> list[dict[str, Any]]:
         return self.store.read("SELECT * FROM calls ORDER BY started_at, attempt")
@@ -72,10 +74,14 @@ async def bench(
             patch.setenv("ANTHROPIC_API_KEY", KEY)
             patch.setenv("OPENAI_BASE_URL", f"{own.url}/v1")
             patch.setenv("ANTHROPIC_BASE_URL", own.url)
-            turned = LabelingSettings(run_id, **settings)
-            made = make_provider(provider, model or MODELS[provider], turned)
-            engine = Engine(made, store, turned, retries=retries, limits=limits, patience=patience)
-            yield Bench(own, store, engine)
+
+            def make(run_id: str, **changed: Any) -> Engine:
+                turned = LabelingSettings(run_id, **settings | changed)
+                made = make_provider(provider, model or MODELS[provider], turned)
+                return Engine(made, store, turned, retries=retries, limits=limits, patience=patience)
+
+            engine = make(run_id)
+            yield Bench(own, store, engine, make)
             await engine.aclose()
     finally:
         if server is None:

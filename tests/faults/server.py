@@ -19,9 +19,14 @@ Respond = Callable[[str, str], str]
 """(system prompt, last user message) → text of the answer."""
 
 
+UNREAD = ("reset", "truncate", "hang", "drip", "refuse")
+"""Ways to break after which the client has no whole answer."""
+
+
 @dataclass(frozen=True)
 class Fault:
-    """What to do with one request instead of answering it well. A fault of status 200 without `body` is billed."""
+    """What to do with one request instead of answering it well. Whatever ends with status 200 is charged for: on the
+    bill proper if the client is told its usage, else on what it cannot see."""
 
     status: int = 200
     body: str | None = None
@@ -35,7 +40,12 @@ class Fault:
     delay_s: float = 0.0
     breaks: str = ""
     """`reset`: the connection closes without an answer; `truncate`: in the middle of it; `hang`: nothing comes;
-    `drip`: a byte now and then, so that no read ever times out. Of a line of a batch: `expire`, `lose`, `twice`."""
+    `drip`: a byte now and then, so that no read ever times out; `refuse`: it closes, and nobody listens for `delay_s`.
+    Of a line of a batch: `expire`, `lose`, `twice`."""
+
+    @property
+    def tells_usage(self) -> bool:
+        return self.usage and self.body is None and self.breaks not in UNREAD
 
 
 def error(status: int, message: str, *, code: str = "", kind: str = "", **headers: str) -> Fault:
@@ -46,11 +56,15 @@ def error(status: int, message: str, *, code: str = "", kind: str = "", **header
 
 @dataclass
 class Bill:
+    """Calls, tokens and dollars of the answers that went out whole, with their usage."""
+
     calls: int = 0
     input_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
     usd: float = 0.0
+    unseen_usd: float = 0.0
+    """Charged for work that the client cannot know the price of: its answer was lost, or came without usage."""
 
 
 class FaultServer:
@@ -84,20 +98,21 @@ class FaultServer:
         self.batch_plan: deque[Fault | None] = deque()
         """What the next requests to batch and file endpoints meet."""
         self._server: asyncio.Server | None = None
+        self._port = 0
         self._open: set[asyncio.StreamWriter] = set()
+        self._idle: set[asyncio.StreamWriter] = set()
 
     @property
     def url(self) -> str:
-        assert self._server
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return f"http://127.0.0.1:{self._port}"
 
     async def __aenter__(self) -> FaultServer:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        await self._listen()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None):
-        assert self._server
-        self._server.close()
+        if self._server:
+            self._server.close()
         for writer in list(self._open):
             writer.transport.abort()
         await asyncio.sleep(0)
@@ -115,7 +130,11 @@ class FaultServer:
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request and its answer. False when the connection is over."""
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        self._idle.add(writer)
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        finally:
+            self._idle.discard(writer)
         headers = {k.lower(): v for k, v in re.findall(r"^([^:\r\n]+): *([^\r\n]*)", head, re.MULTILINE)}
         raw = await self._body(reader, headers)
         method, path = head.split(" ", 2)[:2]
@@ -123,7 +142,7 @@ class FaultServer:
         self.busy += 1
         self.busiest = max(self.busiest, self.busy)
         try:
-            return await self._reply(writer, method, path, raw)
+            return await self._reply(reader, writer, method, path, raw)
         finally:
             self.busy -= 1
 
@@ -136,7 +155,9 @@ class FaultServer:
         await reader.readline()
         return whole
 
-    async def _reply(self, writer: asyncio.StreamWriter, method: str, path: str, raw: bytes) -> bool:
+    async def _reply(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str, path: str, raw: bytes
+    ) -> bool:
         if method != "POST" or re.search(r"/(batches|files)\b", path):
             fault = self.batch_plan.popleft() if self.batch_plan else None
             done = None if fault and not fault.breaks else self.desk.handle(method, path, raw)
@@ -145,15 +166,34 @@ class FaultServer:
             request = json.loads(raw)
             self.requests.append({"path": path, **request})
             fault = self.next_fault()
-            await asyncio.sleep(self._latency_s + fault.delay_s)
-            if fault.breaks not in ("reset", "hang") and fault.body is None:
-                fault = replace(fault, body=self.answer(path, request, fault))
-        if fault.breaks in ("reset", "hang"):
-            await asyncio.sleep(3600 if fault.breaks == "hang" else 0)
+            await asyncio.sleep(self._latency_s + (0 if fault.breaks == "refuse" else fault.delay_s))
+            if fault.body is None or fault.status == 200:
+                answer = self.answer(path, request, fault)
+                fault = fault if fault.body is not None else replace(fault, body=answer)
+        if fault.breaks in ("reset", "hang", "refuse"):
+            if fault.breaks == "hang":
+                await reader.read()  # until the client has gone
             writer.transport.abort()
+            if fault.breaks == "refuse":
+                await self._stay_away(fault.delay_s)
             return False
         await self._write(writer, fault, (fault.body or "").encode())
         return not fault.breaks
+
+    async def _listen(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self._port)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def _stay_away(self, seconds: float) -> None:
+        """Nobody listens for a while, and connections that wait for a request are gone."""
+        if self._server is None:
+            return  # away already
+        self._server.close()
+        self._server = None
+        for writer in list(self._idle):
+            writer.transport.abort()
+        await asyncio.sleep(seconds)
+        await self._listen()
 
     def next_fault(self) -> Fault:
         return self.choose() or Fault()
@@ -176,13 +216,16 @@ class FaultServer:
         text = fault.text if fault.text is not None else self.respond(system, user)
         wrote = len(text) // 4 + 1
         cached = min(self._cached, read)
-        if fault.usage:
+        plain_usd, cached_usd, output_usd = self._prices
+        usd = share * ((read - cached) * plain_usd + cached * cached_usd + wrote * output_usd) / 1e6
+        if fault.tells_usage:
             self.bill.calls += 1
             self.bill.input_tokens += read
             self.bill.cached_tokens += cached
             self.bill.output_tokens += wrote
-            plain_usd, cached_usd, output_usd = self._prices
-            self.bill.usd += share * ((read - cached) * plain_usd + cached * cached_usd + wrote * output_usd) / 1e6
+            self.bill.usd += usd
+        else:
+            self.bill.unseen_usd += usd
         said = Said(request["model"], text, fault.finish, read, cached, wrote, fault.usage)
         return json.dumps(render(path, said))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autointerp.errors import BudgetError, ProviderError
+from autointerp.labeling.llm.anthropic import CACHEABLE_BYTES
 from autointerp.labeling.llm.batch_api import BatchApi
 from autointerp.labeling.llm.faults import Interrupted, Terminal
 
@@ -54,6 +56,17 @@ def test_one_batch_at_half_the_price(tmp_path: Path, provider: str):
             assert {row["batch_key"] for row in b.calls()} == {batch["batch_key"]}
             assert [reply.stored for reply in await ask_all(b, 20)] == [True] * 20
             assert creations(b.server) == 1
+
+    asyncio.run(run())
+
+
+def test_a_batch_does_not_pay_for_writing_a_cache(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, provider="anthropic", respond=says(GOOD), batch=True) as b:
+            long = replace(question(), system="x" * CACHEABLE_BYTES)
+            await b.engine.ask(long, word, latent=0, purpose="label")
+            (sent,) = b.server.requests
+            assert sent["system"] == long.system
 
     asyncio.run(run())
 
@@ -186,14 +199,15 @@ async def crash(folder: Path, provider: str, moment: str, server: FaultServer, m
 
     async with bench(folder, provider=provider, respond=says(GOOD), batch=True, server=server) as b:
         batches, api = b.engine._batches, b.engine._batches.api
-        create = api.create
+        create, reached = api.create, asyncio.Event()
 
         async def killed(*_: Any) -> Any:
+            reached.set()
             raise KilledError
 
         async def created_and_killed(*args: Any) -> str:
             await create(*args)
-            raise KilledError
+            return await killed()
 
         if moment == "before it is created":
             monkeypatch.setattr(api, "create", killed)
@@ -204,9 +218,8 @@ async def crash(folder: Path, provider: str, moment: str, server: FaultServer, m
         else:
             monkeypatch.setattr(batches, "_settle", killed)
         tasks = [asyncio.create_task(b.engine.ask(question(i), word, latent=i, purpose="label")) for i in range(5)]
-        while not any(task.done() for task in b.engine._sender._under_way) and not b.calls():  # type: ignore[attr-defined]
-            await asyncio.sleep(0.005)
-        await asyncio.sleep(0.15)
+        await asyncio.wait_for(reached.wait(), 30)
+        await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
         b.store.flush()

@@ -7,6 +7,7 @@ import json
 import socket
 import time
 import traceback
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -17,68 +18,21 @@ from autointerp.errors import ProviderError
 from autointerp.labeling.llm.faults import Retry, Terminal, from_status, retry_after
 from autointerp.labeling.llm.sending import Retries
 
-from .harness import KEY, bench, question, says, word
+from .catalogue import STOP, Named, catalogue
+from .harness import bench, question, says, word
 from .server import Fault, error
 
 GOOD = json.dumps({"word": "yes"})
 PROVIDERS = pytest.mark.parametrize("provider", ["openai", "anthropic"])
 
-RETRIED = {
-    "429": error(429, "slow down", code="rate_limit_exceeded"),
-    "429 in seconds": error(429, "slow down", retry_after="0"),
-    "429 in ms": error(429, "slow down", retry_after_ms="5"),
-    "429 by a date": error(429, "slow down", retry_after="Wed, 21 Oct 2015 07:28:00 GMT"),
-    "429 absurd": error(429, "slow down", retry_after="1000000"),
-    "429 nonsense": error(429, "slow down", retry_after="soon"),
-    "500": error(500, "oops"),
-    "502 in HTML": Fault(502, "<html><h1>Bad gateway</h1></html>", {"content-type": "text/html"}),
-    "503": error(503, "busy"),
-    "529": error(529, "Overloaded", kind="overloaded_error"),
-    "408": error(408, "timeout"),
-}
-IN_DOUBT = {
-    "reset": Fault(breaks="reset"),
-    "truncated": Fault(breaks="truncate"),
-    "slow headers": Fault(breaks="hang"),
-    "slow drip": Fault(breaks="drip"),
-    "empty 200": Fault(body=""),
-    "HTML 200": Fault(body="<html>Welcome to the hotel</html>", headers={"content-type": "text/html"}),
-    "error in a 200": Fault(body='{"error": {"message": "oops"}}'),
-    "broken JSON": Fault(body='{"choices": ['),
-    "no choices": Fault(body='{"choices": [], "usage": null}'),
-    "a list": Fault(body="[]"),
-}
-
-
-@PROVIDERS
-def test_a_passing_fault_is_retried(tmp_path: Path, provider: str):
-    async def run():
-        async with bench(tmp_path, provider=provider, respond=says(GOOD), timeout_s=0.3) as b:
-            for i, (name, fault) in enumerate((RETRIED | IN_DOUBT).items()):
-                b.server.plan.append(fault)
-                asked = len(b.server.requests)
-                reply = await b.engine.ask(question(i), word, latent=i, purpose="label")
-                assert reply.value == "yes", name
-                assert len(b.server.requests) == asked + 2, name
-                first, second = b.store.read("SELECT * FROM calls WHERE latent = ? ORDER BY attempt", [i])
-                expected = ("error", 0.0) if name in RETRIED else ("in_doubt", None)
-                assert (first["status"], first["usd"]) == expected, name
-                assert (first["attempt"], second["attempt"], second["status"]) == (1, 2, "ok"), name
-                if name in RETRIED:
-                    assert first["http_status"] == fault.status
-                    assert b.engine.spend.usd == pytest.approx(b.server.bill.usd, abs=1e-12)
-            # The server charged for what it sent and we did not get: the doubt covers it.
-            spend = b.engine.spend
-            assert spend.usd < b.server.bill.usd < spend.usd + spend.usd_in_doubt
-
-    asyncio.run(run())
-
 
 def test_an_absurd_wait_is_capped_and_a_sensible_one_obeyed(tmp_path: Path):
     async def run(wait_ms: str, longest_s: float) -> float:
-        plan = [error(429, "slow down", retry_after_ms=wait_ms)]
+        plan = [None, error(429, "slow down", retry_after_ms=wait_ms)]
         async with bench(tmp_path, plan, respond=says(GOOD), retries=Retries(longest_wait_s=longest_s)) as b:
-            await b.engine.ask(question(int(wait_ms)), word, latent=0, purpose="label")
+            for user in ("the SDK is imported", wait_ms):
+                asked = replace(question(), user=f"{user} {longest_s}")
+                await b.engine.ask(asked, word, latent=0, purpose="label")
             started = [call["started_at"] for call in b.calls()[-2:]]
             return (started[1] - started[0]).total_seconds()
 
@@ -129,30 +83,26 @@ def test_a_lasting_fault_fails_the_question_only(tmp_path: Path, fault: Fault, n
     asyncio.run(run())
 
 
-STOPS = {
-    "401": error(401, f"Incorrect API key provided: {KEY}", code="invalid_api_key"),
-    "401 masked": error(401, "Incorrect API key provided: sk-proj-****YZZY"),
-    "402": error(402, "pay first", kind="billing_error"),
-    "403": error(403, "not for you"),
-    "retired": error(404, "The model has been retired", code="model_not_found", kind="not_found_error"),
-    "quota": error(429, "You exceeded your current quota", code="insufficient_quota", kind="insufficient_quota"),
-    "credit": error(400, "Your credit balance is too low", kind="invalid_request_error"),
-}
+MASKED = Named("401, key masked", STOP, error(401, "Incorrect API key provided: sk-proj-****YZZY"))
 
 
 @pytest.mark.parametrize(
-    ("provider", "name"),
-    [*(("openai", name) for name in STOPS if name != "credit"), ("anthropic", "401"), ("anthropic", "credit")],
+    ("provider", "named"),
+    [("openai", named) for named in (*catalogue("chat"), MASKED) if named.kind is STOP]
+    + [("anthropic", catalogue("messages")[-1])],
+    ids=str,
 )
-def test_the_provider_is_stopped_after_one_call(tmp_path: Path, provider: str, name: str, capfd: pytest.CaptureFixture):
+def test_the_provider_is_stopped_after_one_call(
+    tmp_path: Path, provider: str, named: Named, capfd: pytest.CaptureFixture
+):
     async def run():
-        async with bench(tmp_path, [STOPS[name]] * 20, provider=provider, concurrency=8) as b:
+        async with bench(tmp_path, [named.fault] * 20, provider=provider, concurrency=8) as b:
             asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(12)]
             errors = await asyncio.gather(*asks, return_exceptions=True)
             assert {type(e) for e in errors} == {ProviderError}
             assert len(b.server.requests) == 1
             (call,) = b.calls()
-            assert (call["status"], call["http_status"], call["usd"]) == ("error", STOPS[name].status, 0.0)
+            assert (call["status"], call["http_status"], call["usd"]) == ("error", named.fault.status, 0.0)
             traces = [line for e in errors if isinstance(e, Exception) for line in traceback.format_exception(e)]
             return [str(e) for e in errors], traces, b.store.read("SELECT * FROM calls")
 

@@ -115,6 +115,21 @@ def test_a_latent_that_is_refused_or_fails_is_no_label(tmp_path: Path):
     asyncio.run(run())
 
 
+def test_a_label_out_of_an_answer_with_more_in_it_is_marked(tmp_path: Path):
+    async def run():
+        answer = '{"label": "these tokens", "explanation": "Fires.", "effect": "None."}'
+        plan = [Fault(text=f"Sure! {answer}"), Fault(text=f"{answer} And", finish="length"), Fault(text=answer)]
+        async with bench(tmp_path, [*plan[:2], *plan[1:]]) as b:
+            labeler = LLMLabeler(b.engine, SETTINGS)
+            labels = [await labeler.label(planted(j, word=f"w{j}")) for j in range(3)]
+            assert [(label.status, label.salvaged) for label in labels] == [("ok", True), ("ok", True), ("ok", False)]
+            for label in labels:
+                await asyncio.wrap_future(b.store.write_label("run", label))
+            assert list(b.store.labels("run", labeler.name).values()) == labels
+
+    asyncio.run(run())
+
+
 def test_no_clear_pattern_is_a_good_answer(tmp_path: Path):
     async def run():
         answer = {"label": "No clear pattern.", "explanation": "The windows share nothing.", "effect": ""}

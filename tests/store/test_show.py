@@ -15,6 +15,7 @@ import pytest
 from autointerp import show
 from autointerp.errors import InputError
 from autointerp.store import Store
+from autointerp.store.export import latent_objects
 from autointerp.terminal import console, visible
 
 from .planted import RUN, make_store, write_run
@@ -25,6 +26,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("show") / "a.duckdb")
 
 
+def printed_of(store: Store, latent: int) -> str:
+    file = io.StringIO()
+    show.latent(store, latent, console=console(file, width=80))
+    return file.getvalue()
+
+
 def printed(path: Path, latent: int | None = None, width: int = 80) -> str:
     file = io.StringIO()
     with Store.open(path, "read") as store:
@@ -33,6 +40,17 @@ def printed(path: Path, latent: int | None = None, width: int = 80) -> str:
         else:
             show.latent(store, latent, console=console(file, width=width))
     return file.getvalue()
+
+
+def test_a_salvaged_label_says_so(tmp_path: Path):
+    with Store.open(make_store(tmp_path / "a.duckdb")) as store:
+        latent = store.selected(RUN)[0]
+        before = printed_of(store, latent)
+        store.execute("UPDATE labels SET salvaged = true WHERE latent = ?", [latent])
+        store.flush()
+        assert "salvaged" in printed_of(store, latent)
+        assert "salvaged" not in before
+        assert next(latent_objects(store, RUN))["salvaged"] is True
 
 
 def test_the_table_has_the_honest_figures_and_every_selected_latent(path: Path):

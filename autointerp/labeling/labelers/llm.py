@@ -87,7 +87,16 @@ class LLMLabeler:
         except Terminal as fault:
             return Label(evidence.latent, self.name, fault.status, error=str(fault), prompt_sha256=sha256)
         said = reply.value
-        return Label(evidence.latent, self.name, "ok", said.label, said.explanation, said.effect, prompt_sha256=sha256)
+        return Label(
+            evidence.latent,
+            self.name,
+            "ok",
+            said.label,
+            said.explanation,
+            said.effect,
+            prompt_sha256=sha256,
+            salvaged=reply.salvaged,
+        )
 
     async def summarise(self, changes: Sequence[Change]) -> RunSummary:
         """One question about all labelled latents; failed when a sentence cites none of them, also after a repair."""

@@ -84,11 +84,11 @@ class AnthropicProvider:
             )
         return self._client
 
-    def body(self, request: Request) -> dict[str, Any]:
-        """What is sent."""
+    def body(self, request: Request, marked: bool = True) -> dict[str, Any]:
+        """What is sent; unless `marked`, without markers for the provider's cache."""
         body: dict[str, Any] = {
             "model": self.model,
-            "system": self._system(request.system),
+            "system": self._system(request.system) if marked else request.system,
             "messages": request.messages(),
             "max_tokens": request.max_output_tokens,
         }

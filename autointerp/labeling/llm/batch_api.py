@@ -148,7 +148,9 @@ class AnthropicBatches:
         self._provider = provider
 
     async def create(self, key: str, calls: Sequence[tuple[str, Request]]) -> str:
-        lines = [{"custom_id": call_id, "params": self._provider.body(request)} for call_id, request in calls]
+        # A batch runs side by side or hours apart: each call would pay for writing the cache, and few would read it.
+        bodies = {call_id: self._provider.body(request, marked=False) for call_id, request in calls}
+        lines = [{"custom_id": call_id, "params": body} for call_id, body in bodies.items()]
         create = self._provider.client().messages.batches.with_raw_response.create
         return str((await self._call(lambda: create(requests=lines)))["id"])
 

@@ -43,7 +43,7 @@ class Reply(Generic[T]):
     stored: bool
     """It was paid for earlier: no call was made."""
     salvaged: bool
-    """The JSON was dug out of prose."""
+    """The JSON was dug out of prose, or of an answer that was cut off."""
 
 
 class _MisfitError(Exception):
@@ -176,6 +176,8 @@ class Engine:
         try:
             return await self._keep(answer, sha256, parse, settled)
         except _MisfitError as misfit:
+            if answer.finish == "length":  # with more room it would go on, not end
+                raise Terminal(f"unusable answer from {self.name}: {misfit}") from None
             repair = (
                 f"That answer cannot be used: {misfit}. Answer again with one JSON object in the stated format only."
             )
@@ -207,4 +209,4 @@ class Engine:
             value, salvaged = read_answer(answer.text, parse)
         except ValueError as error:
             raise _MisfitError(f"{error}; it was cut off" if answer.finish == "length" else str(error)) from None
-        return Reply(value, sha256, stored, salvaged)
+        return Reply(value, sha256, stored, salvaged or answer.finish == "length")
