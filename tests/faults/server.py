@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,10 @@ class Bill:
     output_tokens: int = 0
     usd: float = 0.0
 
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
 
 class FaultServer:
     """`async with FaultServer(respond, plan) as server:` serves at `server.url` in the running loop.
@@ -73,6 +78,8 @@ class FaultServer:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.bill = Bill()
+        self.arrivals: list[tuple[float, int]] = []
+        """(seconds on the monotonic clock, tokens on the bill) of each request, in the order in which they ended."""
         self.busiest = 0
         self.busy = 0
         self.choose: Callable[[], Fault | None] = lambda: self.plan.popleft() if self.plan else None
@@ -142,12 +149,14 @@ class FaultServer:
             done = None if fault and not fault.breaks else self.desk.handle(method, path, raw)
             fault = fault or Fault(*(done or (404, "{}")))  # one that breaks does so when the work is done
         else:
-            request = json.loads(raw)
+            arrived, request = time.monotonic(), json.loads(raw)
             self.requests.append({"path": path, **request})
             fault = self.next_fault()
             await asyncio.sleep(self._latency_s + fault.delay_s)
+            before = self.bill.tokens
             if fault.breaks not in ("reset", "hang") and fault.body is None:
                 fault = replace(fault, body=self.answer(path, request, fault))
+            self.arrivals.append((arrived, self.bill.tokens - before))
         if fault.breaks in ("reset", "hang"):
             await asyncio.sleep(3600 if fault.breaks == "hang" else 0)
             writer.transport.abort()
@@ -185,6 +194,19 @@ class FaultServer:
             self.bill.usd += share * ((read - cached) * plain_usd + cached * cached_usd + wrote * output_usd) / 1e6
         said = Said(request["model"], text, fault.finish, read, cached, wrote, fault.usage)
         return json.dumps(render(path, said))
+
+
+def over_the_limit(arrivals: Iterable[tuple[float, int]], limit: int, period_s: float) -> int:
+    """Requests on whose arrival the `period_s` seconds up to it hold more than `limit`, whatever the entries count."""
+    window: deque[tuple[float, int]] = deque()
+    held = over = 0
+    for at, n in sorted(arrivals):
+        window.append((at, n))
+        held += n
+        while window[0][0] <= at - period_s:
+            held -= window.popleft()[1]
+        over += held > limit
+    return over
 
 
 def oracle(system: str, user: str) -> str:

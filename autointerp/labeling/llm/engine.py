@@ -32,6 +32,8 @@ Parse = Callable[[dict[str, Any]], T]
 
 ROOM_FACTOR = 4
 """An answer cut off by its length is asked once more with this many times the room."""
+WAITING_SHARE = 0.2
+"""Of the calls that may be in flight: rows, two a call, that may wait for a commit of their own."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Engine:
         patience: Patience | None = None,
     ):
         self.provider = provider
-        self._commits = Commits(store)
+        self._commits = Commits(store, lambda: int(WAITING_SHARE * self._sender.slots.limit))
         self._answers = Answers(store, self._commits, provider)
         self._ledger = Ledger(store, self._commits, provider, settings.run_id, settings.max_usd)
         limits = limits or Limits(settings.rpm, settings.tpm, settings.itpm, settings.otpm)

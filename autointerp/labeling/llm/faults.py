@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from asyncio import Future
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -40,6 +41,8 @@ class Retry(Fault):
         super().__init__(message, **known)
         self.kind: RetryKind = kind
         self.wait_s = wait_s
+        self.settled: Future[None] | None = None
+        """The commit of what the attempt cost, where there was one."""
 
 
 class Terminal(Fault):

@@ -92,6 +92,8 @@ class Sender:
             return await retrying(attempt)
         except Retry as fault:
             self._gave_up(fault)
+            if fault.settled is not None:
+                await fault.settled
             message = f"given up after {met.total()} attempts: {fault}"
             raise Terminal(message, http_status=fault.http_status) from None
 
@@ -113,6 +115,9 @@ class Sender:
             self.slots.release()
         if isinstance(outcome, Answer):
             return outcome, settled
+        if isinstance(outcome, Retry):
+            outcome.settled = settled  # the next attempt need not wait for it: it has a commit of its own
+            raise outcome
         await settled
         if self._stopped_by and isinstance(outcome, Stop):
             raise self._stopped_by
