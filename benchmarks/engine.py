@@ -1,4 +1,4 @@
-"""How near the engine comes to what its limits allow, and what a call costs the client. Everything as a ratio to the ideal.
+"""How near the engine comes to what its limits allow, as ratios to the ideal, and what a call costs the client.
 
 A loopback server in a process of its own answers after a fixed time, and notes when each request arrived and what it
 used; the real SDK, ledger and store ask it. The ideal is computed from those notes: nothing asked of a
@@ -187,8 +187,9 @@ def spread(values: Sequence[float], form: str) -> str:
 
 HEAD = """# How fast the engine asks
 
-A loopback server in its own process, real time; the real SDK, ledger and store. Median of {repeats} runs (smallest – largest) on
-{cpus} CPUs, which others share. CPU is the process time of the client alone, with its threads.
+A loopback server in a process of its own, real time; the real SDK, ledger and store. Median of {repeats} runs (smallest –
+largest) on {cpus} CPUs. CPU is the process time of the client alone, with its threads, after a first row has loaded
+what is loaded once.
 
 The ideal time is when the last request may arrive at the earliest while no window of 60 s, wherever it begins,
 holds more than the limit. Violations are requests on whose arrival the last 60 s hold more, in all runs together.

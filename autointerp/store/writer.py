@@ -52,9 +52,7 @@ class Upsert:
                 + ("" if self.fresh else self._conflict(rows.column_names))
             )
         finally:
-            with contextlib.suppress(
-                duckdb.Error
-            ):  # after an error it cannot be done; the next ones replace these rows
+            with contextlib.suppress(duckdb.Error):  # cannot be done after an error; the next rows replace it
                 cursor.unregister("incoming_rows")
 
     def _conflict(self, columns: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ _OF_MODEL = "SELECT request_sha256, answer FROM answers WHERE provider = ? AND m
 
 
 class Answers:
-    """The table `answers` of our store and those of the other stores (`*.duckdb`) in its folder, both looked through once.
+    """The table `answers` of our store and those of the other stores (`*.duckdb`) in its folder, looked through once.
 
     An answer found in another store is copied into ours, which stays complete by itself. What another process is
     asking at this moment is not seen: two jobs at once on two stores may pay for the same question twice.
