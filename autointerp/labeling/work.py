@@ -16,6 +16,7 @@ from autointerp.labeling.llm.faults import Interrupted
 from autointerp.labeling.scorers.rule import RuleScorer
 from autointerp.labeling.summary import labelled_changes, stands, summary_row
 from autointerp.progress import Reporter
+from autointerp.show_money import cached_words
 from autointerp.records import Change, Context, Label, Ngrams, Prediction
 from autointerp.stopping import Stop
 from autointerp.store import Store
@@ -182,7 +183,11 @@ class Work:
 
     def _spent(self) -> str:
         engine = getattr(self.labeler, "engine", None)
-        return f"${engine.spend.usd + engine.spend.usd_in_doubt:.4f}" if engine is not None else ""
+        if engine is None:
+            return ""
+        spend = engine.spend
+        cached = f" · {cached_words(spend.cached_tokens, spend.input_tokens)}" if spend.cached_tokens else ""
+        return f"${spend.usd + spend.usd_in_doubt:.4f}{cached}"
 
     async def _name_targets(self) -> None:
         """Second look at lexical effects, now that the latents they speak of have labels."""
