@@ -28,7 +28,7 @@ def spending(store: Store, run_id: str, latent: int | None = None) -> list[dict[
 
 
 def spent_words(row: dict[str, Any]) -> list[str]:
-    """One row of `spending` in words: `642 calls`, `1,204,311 + 45,120 tokens`, `25% of the input cached`, `$0.1205`."""
+    """One row of `spending` in words: `642 calls`, `1,204,311 + 45,120 tokens`, `25% of the input cached`, `$0.12`."""
     words = [f"{row['calls']:,} call{'' if row['calls'] == 1 else 's'}"]
     words.append(f"{row['input_tokens']:,} + {row['output_tokens']:,} tokens")
     if row["cached_tokens"]:

@@ -14,10 +14,10 @@ from autointerp.labeling.known import known_label
 from autointerp.labeling.lexical import NO_RULE
 from autointerp.labeling.llm.faults import Interrupted
 from autointerp.labeling.scorers.rule import RuleScorer
-from autointerp.labeling.summary import labelled_changes, stands, summary_row
+from autointerp.labeling.summary import summary_row
 from autointerp.progress import Reporter
-from autointerp.show_money import cached_words
 from autointerp.records import Change, Context, Label, Ngrams, Prediction
+from autointerp.show_money import cached_words
 from autointerp.stopping import Stop
 from autointerp.store import Store
 
@@ -116,17 +116,19 @@ class Work:
         known = label.status == "known" and not self.ask_all
         return RuleScorer() if known and needs_engine(wished) else wished
 
-    async def summarise(self) -> None:
-        """What the training changed, over all labels; made anew only when they or their scores have changed."""
-        changes = labelled_changes(self.store, self.run_id, self.labeler.name)
-        if changes and not stands(self.store, self.run_id, self.labeler.name, changes):
-            self.reporter.start("summary", 1)
-            await self._guarded(lambda: self._summarise(changes), "summary")
-            self._raise_halt()
+    async def summarise(self, changes: Sequence[Change]) -> str | None:
+        """What the training changed, over these labels; its status once it is stored, None when we were stopped."""
+        self.reporter.start("summary", 1)
+        status: list[str] = []
 
-    async def _summarise(self, changes: Sequence[Change]) -> None:
-        summary = await self.labeler.summarise(changes)
-        await asyncio.wrap_future(self.store.upsert("summaries", [summary_row(self.run_id, summary, changes)]))
+        async def summarise() -> None:
+            summary = await self.labeler.summarise(changes)
+            await asyncio.wrap_future(self.store.upsert("summaries", [summary_row(self.run_id, summary, changes)]))
+            status.append(summary.status)
+
+        await self._guarded(summarise, "summary")
+        self._raise_halt()
+        return status[0] if status else None
 
     def labelled(self) -> set[int]:
         """The latents with a usable label of this labeler."""
