@@ -80,10 +80,13 @@ class Work:
         self._ngrams = self.store.ngrams(self.run_id) if self._asks else {}
         self.reporter.start("labels", len(selected))
         self.reporter.advance("labels", len(done))
+        engine = getattr(self.labeler, "engine", None)
         async with _gathering() as tasks:
-            async for latent in self._stored(contexts) if contexts is not None else _each(selected):
-                if latent not in done:
-                    tasks.create_task(self._guarded(lambda latent=latent: self._label(latent), "labels"))
+            # Contexts take their time to come: in batch mode all labels go into one batch all the same.
+            with engine.hold() if engine is not None else contextlib.nullcontext():
+                async for latent in self._stored(contexts) if contexts is not None else _each(selected):
+                    if latent not in done:
+                        tasks.create_task(self._guarded(lambda latent=latent: self._label(latent), "labels"))
         self._raise_halt()
         if self.labeler.name == "lexical":
             await self._name_targets()

@@ -7,6 +7,7 @@ A question goes: answer stored? → same question in flight? → sending.py (slo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ class Engine:
             self._in_flight[sha256] = task
             task.add_done_callback(lambda done: self._landed(sha256, done))
         return await asyncio.shield(task)
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Around questions that trickle in, so that they make one batch and not many."""
+        return self._sender.hold()
 
     async def drain(self) -> None:
         """Send nothing more; returns when all that is in flight is answered and committed."""

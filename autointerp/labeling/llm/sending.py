@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
@@ -64,6 +65,10 @@ class Sender:
         self.slots = Slots(concurrency)
         self._stopped_by: ProviderError | None = None
         self._unanswered = 0
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Within, more questions are sure to come: nothing that could be sent with them need be sent without."""
+        return contextlib.nullcontext()
 
     async def aclose(self) -> None:
         """Nothing outlives its question here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,9 +19,11 @@ from autointerp.records import Label, LatentEvidence, Score
 
 E = TypeVar("E")
 A = TypeVar("A")
+T = TypeVar("T")
 
 UNTESTABLE = ("no clear pattern", "no simple rule found")
 """Labels that claim nothing: asking about them would buy noise."""
+LOOKS_IN_BATCHES = 2
 
 
 class JudgedScorer(ABC, Generic[E, A]):
@@ -44,6 +47,7 @@ class JudgedScorer(ABC, Generic[E, A]):
         self._engine = engine
         self._prompts = Prompts(settings.prompts_dir)
         self._seed = settings.seed
+        self._batch = settings.batch
 
     @staticmethod
     @abstractmethod
@@ -71,18 +75,23 @@ class JudgedScorer(ABC, Generic[E, A]):
         return label.status in ("ok", "known") and bool(label.label) and label.label not in UNTESTABLE
 
     @classmethod
-    def looks(cls, evidence: LatentEvidence, seed: int) -> list[list[E]]:
-        """The examples by look; what is left over after the last planned look is not bought."""
-        return chunks(cls.examples(evidence, seed), cls.per_look)[: len(POCOCK)]
+    def looks(cls, evidence: LatentEvidence, seed: int, batch: bool = False) -> list[list[E]]:
+        """The examples by look; what is left over after the last planned look is not bought.
+
+        In batches, where each look may take a day, looks are drawn together into at most LOOKS_IN_BATCHES.
+        """
+        looks = chunks(cls.examples(evidence, seed), cls.per_look)[: len(POCOCK)]
+        together = math.ceil(len(looks) / LOOKS_IN_BATCHES) if batch else 1
+        return [[example for look in some for example in look] for some in chunks(looks, max(1, together))]
 
     @classmethod
-    def plan(cls, prompts: Prompts, evidence: LatentEvidence) -> list[Planned]:
+    def plan(cls, prompts: Prompts, evidence: LatentEvidence, batch: bool = False) -> list[Planned]:
         """The questions that `score` would ask of a label and of a wrong one, for an estimate."""
         stand_in = Label(evidence.latent, "", "ok", "x" * 40, "x" * 160, "x" * 100)
         planned: list[Planned] = []
-        for number, look in enumerate(cls.looks(evidence, 0)):
-            for batch in chunks(look, cls.per_call):
-                request = cls.request(prompts, stand_in, batch)
+        for number, look in enumerate(cls.looks(evidence, 0, batch)):
+            for examples in chunks(look, cls.per_call):
+                request = cls.request(prompts, stand_in, examples)
                 # Later looks come only while nothing is decided, the wrong label where the labels leave one.
                 for certain in (number == 0, False):
                     planned.append(Planned(request, cls.typical_output_tokens, certain))
@@ -90,7 +99,7 @@ class JudgedScorer(ABC, Generic[E, A]):
 
     async def score(self, evidence: LatentEvidence, label: Label, wrong: Label | None) -> Score:
         """Raises what stops every other question too: BudgetError, ProviderError, Interrupted, StoreError."""
-        looks = self.looks(evidence, self._seed) if self.claims(label) else []
+        looks = self.looks(evidence, self._seed, self._batch) if self.claims(label) else []
         if not looks:
             return Score(label.latent, label.labeler, self.name, None, None, None, None, 0, 0)
 
@@ -130,7 +139,7 @@ class JudgedScorer(ABC, Generic[E, A]):
         return aligned(reply.value, len(batch))
 
 
-def chunks(items: Sequence[E], n: int) -> list[list[E]]:
+def chunks(items: Sequence[T], n: int) -> list[list[T]]:
     """Runs of at most `n` of them, in order."""
     return [list(items[i : i + n]) for i in range(0, len(items), n)]
 
