@@ -84,6 +84,8 @@ class FaultServer:
         self.busy = 0
         self.choose: Callable[[], Fault | None] = lambda: self.plan.popleft() if self.plan else None
         """What the next request meets; by default the next of the plan."""
+        self.logprobs: Callable[[str], list[dict[str, Any]]] | None = None
+        """Tokens of an answer with their alternatives, for who asks for them; None: nobody is told."""
         self._prices = usd_per_mtok
         self._cached = cached_tokens
         self._latency_s = latency_s
@@ -192,7 +194,8 @@ class FaultServer:
             self.bill.output_tokens += wrote
             plain_usd, cached_usd, output_usd = self._prices
             self.bill.usd += share * ((read - cached) * plain_usd + cached * cached_usd + wrote * output_usd) / 1e6
-        said = Said(request["model"], text, fault.finish, read, cached, wrote, fault.usage)
+        told = self.logprobs(text) if self.logprobs and request.get("top_logprobs") else None
+        said = Said(request["model"], text, fault.finish, read, cached, wrote, fault.usage, told)
         return json.dumps(render(path, said))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from autointerp.labeling.llm.concurrency import Slots
 from autointerp.labeling.llm.faults import Fault, Stop, Terminal
 from autointerp.labeling.llm.ledger import Ledger, Spend
 from autointerp.labeling.llm.limits import Limits
+from autointerp.labeling.llm.logprobs import Spoken
 from autointerp.labeling.llm.provider import Answer, Provider, Request, batches_of
 from autointerp.labeling.llm.sending import Retries, Sender
 
@@ -47,6 +48,8 @@ class Reply(Generic[T]):
     """It was paid for earlier: no call was made."""
     salvaged: bool
     """The JSON was dug out of prose."""
+    spoken: Sequence[Spoken] = ()
+    """The tokens of the answer with their alternatives, where they were asked for and told."""
 
 
 class _MisfitError(Exception):
@@ -214,4 +217,4 @@ class Engine:
             value, salvaged = read_answer(answer.text, parse)
         except ValueError as error:
             raise _MisfitError(f"{error}; it was cut off" if answer.finish == "length" else str(error)) from None
-        return Reply(value, sha256, stored, salvaged)
+        return Reply(value, sha256, stored, salvaged, answer.spoken)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from autointerp.labeling.llm import responses
 from autointerp.labeling.llm.clients import Clients
+from autointerp.labeling.llm.logprobs import read_tokens
 from autointerp.labeling.llm.prices import Price
 from autointerp.labeling.llm.provider import Answer, Request, cache_key, count, decode, from_sdk, garbage
 
@@ -24,8 +25,8 @@ class OpenAIProvider:
     """One model behind one endpoint.
 
     What a server refuses by name in a 400 is left out from then on: structured output, the reasoning effort, the cache
-    key, the system role (put before the first question then). A model that answers through the responses API only is
-    asked there.
+    key, the probabilities of tokens, the system role (put before the first question then). A model that answers through
+    the responses API only is asked there.
     """
 
     name = "openai"
@@ -44,7 +45,7 @@ class OpenAIProvider:
         # Other servers may know only the older name of the cap, and need not be told to answer without long thought.
         at_home = self.endpoint == _HOME
         self._cap = "max_completion_tokens" if at_home else "max_tokens"
-        self._optional = {"response_format", "text.format", "System role"}
+        self._optional = {"response_format", "text.format", "System role", "logprobs"}
         self._efforts = list(_EFFORTS if at_home else (None,))
         if at_home:
             self._optional |= {"prompt_cache_key", "v1/responses"}
@@ -126,6 +127,8 @@ class OpenAIProvider:
         if "response_format" in self._optional:
             schema = {"name": request.schema_name, "schema": dict(request.schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if request.top_logprobs and "logprobs" in self._optional:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         return body
 
     def _messages(self, request: Request) -> list[dict[str, str]]:
@@ -145,6 +148,7 @@ def _answer(body: str, http_status: int, model: str) -> Answer:
     usage = completion.get("usage")
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
     refused = bool(message.get("refusal"))
+    logprobs = choices[0].get("logprobs")
     return Answer(
         text=str(message.get("refusal") if refused else message.get("content") or ""),
         input_tokens=count(usage, "prompt_tokens"),
@@ -154,4 +158,5 @@ def _answer(body: str, http_status: int, model: str) -> Answer:
         finish="refusal" if refused else _FINISH.get(str(choices[0].get("finish_reason")), "stop"),  # type: ignore[arg-type]
         model=str(completion.get("model") or model),
         http_status=http_status,
+        spoken=read_tokens(logprobs.get("content")) if isinstance(logprobs, dict) else (),
     )

@@ -109,6 +109,7 @@ class Sender:
         outcome: Answer | Fault = Fault("cancelled", billable=True)
         try:
             await self._ledger.enter(leave.entry, sha256, latent, purpose, attempt)
+            self._limits.sent(leave.grant)
             try:
                 outcome = await self._provider.complete(request)
             except Fault as fault:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from autointerp.labeling.base import LabelingSettings
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.faults import Terminal
+from autointerp.labeling.llm.logprobs import Spoken
 from autointerp.labeling.llm.provider import Planned, Request
 from autointerp.labeling.prompts import Prompts
 from autointerp.labeling.scoring.intervals import Estimate
@@ -63,6 +64,11 @@ class JudgedScorer(ABC, Generic[E, A]):
     @abstractmethod
     def parse(answer: dict[str, Any], batch: Sequence[E]) -> list[A | None]:
         """One answer for each example of the batch, None where there is none. ValueError when it answers nothing."""
+
+    @staticmethod
+    def weigh(answers: Sequence[A | None], spoken: Sequence[Spoken], batch: Sequence[E]) -> list[A | None]:
+        """The answers in the light of what else could have been said; `spoken` is empty where that is not known."""
+        return list(answers)
 
     @staticmethod
     @abstractmethod
@@ -136,7 +142,7 @@ class JudgedScorer(ABC, Generic[E, A]):
             )
         except Terminal:
             return [None] * len(batch)  # `calls` has the reason
-        return aligned(reply.value, len(batch))
+        return self.weigh(aligned(reply.value, len(batch)), reply.spoken, batch)
 
 
 def chunks(items: Sequence[T], n: int) -> list[list[T]]:
