@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from autointerp.errors import BudgetError, InputError, ProviderError
 from autointerp.following import COURSE, follow, missing
 from autointerp.labeling.base import LabelingSettings, check_labeler, make_labeler, make_scorer, split_spec
+from autointerp.labeling.turns import Turns
 from autointerp.labeling.work import FINISHED, Work, needing_calls, scored, usable
 from autointerp.progress import Reporter
 from autointerp.records import LatentEvidence, Write
@@ -246,47 +247,21 @@ async def _work(
 
 
 async def _label(job: Job, evidence: Evidence | None, store: Store, stop: Stop, reporter: Reporter) -> str:
-    """Labels and scores: by the first labeler, by the next ones what it left open, or by all of them everything.
-
-    A labeler whose provider stops us is passed over as long as there is another; the last one's error is raised.
-    """
+    """Labels, scores and the summary, by the job's labelers in turn; `done` or `partial`."""
     run_id, settings = job.run.run_id, job.settings(job.run.run_id)
-    contexts = None
     if evidence is not None:
         await _store_known(run_id, evidence, store)
-        contexts = evidence.contexts()
-    works: list[Work] = []
-    wanted = set(store.selected(run_id)) - store.dead(run_id)
-    for spec in job.labelers:
-        done = set() if job.every else {latent for work in works for latent in work.labelled()}
-        unscored = [] if job.every else [work.labeler.name for work in works if not work.all_scored()]
-        if works and done >= wanted and not unscored:
-            break
+
+    def work(spec: str, skip: frozenset[int]) -> Work:
         labeler = make_labeler(spec, settings, store)
+        if (engine := getattr(labeler, "engine", None)) is not None:
+            stop.on_ask.append(engine.stopping.set)
         scorers = [make_scorer(name, labeler, settings) for name in _scorers(job, spec)]
         waiting = EVERY_LATENT if settings.batch else 2 * settings.concurrency
-        work = Work(store, run_id, labeler, scorers, waiting, stop, reporter, settings.ask_all, frozenset(done))
-        works.append(work)
-        engine = getattr(labeler, "engine", None)
-        try:
-            if engine is not None:
-                stop.on_ask.append(engine.stopping.set)
-            await work.label(contexts)
-            await work.score()
-            for name in unscored:
-                await work.score(name)
-            await work.summarise()
-        except ProviderError as error:
-            if spec == job.labelers[-1]:
-                raise
-            reporter.say(f"{error}; going on with the next labeler")
-        finally:
-            contexts = None  # they stand in the store now
-            if engine is not None:
-                await engine.aclose()
-    complete = [work.labelled() >= wanted for work in works]
-    together = {latent for work in works for latent in work.labelled()} >= wanted
-    return "done" if (all(complete) if job.every else together) else "partial"
+        return Work(store, run_id, labeler, scorers, waiting, stop, reporter, settings.ask_all, skip)
+
+    turns = Turns(job.labelers, job.every, work, store, run_id, reporter)
+    return "done" if await turns.run(evidence.contexts() if evidence is not None else None) else "partial"
 
 
 async def select_and_store(

@@ -93,10 +93,15 @@ class Results:
             **run,
             "exit_status": self.exit_status,
             "summary": summary[0] if summary else None,
+            "spent": self._spent(),
             "latents": rows.to_pylist(),
             "selectors": said,
             "checkpoints": self.sql(followed, [self.run_id]).arrow().to_pylist(),
         }
+
+    def _spent(self) -> list[dict[str, Any]]:
+        rows = self.sql("SELECT * EXCLUDE (run_id) FROM spent WHERE run_id = ? ORDER BY ALL", [self.run_id])
+        return rows.arrow().to_pylist()
 
     def __repr__(self) -> str:
         return f"Results({self.path!r}, run_id={self.run_id!r}, exit_status={self.exit_status})"

@@ -16,6 +16,7 @@ from autointerp.errors import InputError
 from autointerp.records import Context, LatentEvidence, Write
 from autointerp.show_checks import latent_lines, run_checks
 from autointerp.show_course import course_line, courses, header_parts, latent_table
+from autointerp.show_money import spending, spent_words
 from autointerp.store import Store
 from autointerp.tabulate import query_table
 from autointerp.terminal import console as make_console
@@ -116,6 +117,8 @@ def latent(
     for course in courses(store, run_id, latent).values():
         console.print(_heading("over the training"))
         console.print(latent_table(course))
+    for row in spending(store, run_id, latent):
+        console.print(Text(f"asked {visible(row['labeler'])}: {' · '.join(spent_words(row))}", style="dim"))
     if evidence.writes:
         console.print(_heading("when it fires, the adapter"))
         console.print(_writes(evidence.writes))
@@ -184,7 +187,8 @@ def header(store: Store, run_id: str) -> Panel:
         ("weights", [_text(run["notes"])]),
         ("assumed", [_text(run["assumed"])]),
     ]
-    for name, parts in (*lines, *_selectors(store, run_id)):
+    spent = [(f"{visible(row['labeler'])}", list(spent_words(row))) for row in spending(store, run_id)]
+    for name, parts in (*lines, *_selectors(store, run_id), *spent):
         text = " · ".join(part for part in parts if part)
         if text:
             grid.add_row(name, Text(text))

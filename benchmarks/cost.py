@@ -55,9 +55,10 @@ def answer(system: str, user: str) -> str:
         return json.dumps({"after": [coin.choice("AB") for _ in range(n)]})
     if '"intruder"' in system:
         return json.dumps({"intruder": coin.randint(1, 4)})
-    if '"1": 0' in system:
-        numbers = re.findall(r"^(\d+)\t", user, re.MULTILINE)
-        return json.dumps({number: coin.choice((0, 0, 0, 0, 7)) for number in numbers})
+    if '"1":[' in system:
+        rows = re.findall(r"^(\d+)\t(.*)$", user, re.MULTILINE)
+        digits = {n: [coin.choice((0, 0, 0, 0, 7)) for _ in row.split("\t")] for n, row in rows}
+        return json.dumps(digits, separators=(",", ":"))  # as the question shows it
     if '"sentences"' in system:
         listed = [int(latent) for latent in re.findall(r"^\[(\d+)\]", user, re.MULTILINE)]
         return json.dumps({"sentences": [{"text": LABEL["effect"], "latents": listed[i : i + 5]} for i in (0, 5, 10)]})

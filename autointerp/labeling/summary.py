@@ -92,15 +92,20 @@ def _sentence(item: Any, number: int, known: Collection[int]) -> Sentence:
     return Sentence(text, tuple(dict.fromkeys(cited)))
 
 
-def labelled_changes(store: Store, run_id: str, labeler: str) -> list[Change]:
-    """The selected latents that this labeler labelled, by rank, with the best score of each label."""
+def labelled_changes(store: Store, run_id: str, labelers: Sequence[str]) -> list[Change]:
+    """The selected latents that one of these labelers labelled, by rank, with the best score of each label. Of several
+    labels the first labeler's counts."""
     sql = """
+    WITH first AS (
+        SELECT * FROM labels WHERE status IN ('ok', 'known') AND list_contains($labelers, labeler)
+        QUALIFY row_number() OVER (PARTITION BY run_id, latent ORDER BY list_position($labelers, labeler)) = 1
+    )
     SELECT l.latent, l.rank, l.change, l.gain, n.label, n.explanation, n.effect,
            max_by(s.value, s.value) AS score, max_by(s.null_value, s.value) AS null_score
     FROM latents AS l
-    JOIN labels AS n ON n.run_id = l.run_id AND n.latent = l.latent AND n.labeler = ? AND n.status IN ('ok', 'known')
+    JOIN first AS n ON n.run_id = l.run_id AND n.latent = l.latent
     LEFT JOIN scores AS s ON s.run_id = l.run_id AND s.latent = l.latent AND s.labeler = n.labeler
-    WHERE l.run_id = ? AND l.selected
+    WHERE l.run_id = $run_id AND l.selected
     GROUP BY ALL ORDER BY l.rank NULLS LAST, l.latent
     """
     tokens: dict[tuple[int, str], list[str]] = {}
@@ -122,14 +127,15 @@ def labelled_changes(store: Store, run_id: str, labeler: str) -> list[Change]:
             promotes=tuple(tokens.get((row["latent"], "promotes"), ())),
             suppresses=tuple(tokens.get((row["latent"], "suppresses"), ())),
         )
-        for row in store.read(sql, [labeler, run_id])
+        for row in store.read(sql, {"labelers": list(labelers), "run_id": run_id})
     ]
 
 
-def stands(store: Store, run_id: str, labeler: str, changes: Sequence[Change]) -> bool:
-    """Whether the store holds a summary of just these labels and scores."""
-    sql = "SELECT 1 FROM summaries WHERE run_id = ? AND labeler = ? AND labels_sha256 = ? AND status <> 'failed'"
-    return bool(store.read(sql, [run_id, labeler, _digest(changes)]))
+def summary_status(store: Store, run_id: str, labeler: str, changes: Sequence[Change]) -> str | None:
+    """ok, refused or failed where the store holds this labeler's summary of just these labels and scores."""
+    sql = "SELECT status FROM summaries WHERE run_id = ? AND labeler = ? AND labels_sha256 = ?"
+    rows = store.read(sql, [run_id, labeler, _digest(changes)])
+    return rows[0]["status"] if rows else None
 
 
 def summary_row(run_id: str, summary: RunSummary, changes: Sequence[Change]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from autointerp.labeling.known import known_label
 from autointerp.labeling.lexical import NO_RULE
 from autointerp.labeling.llm.faults import Interrupted
 from autointerp.labeling.scorers.rule import RuleScorer
-from autointerp.labeling.summary import labelled_changes, stands, summary_row
+from autointerp.labeling.summary import summary_row
 from autointerp.progress import Reporter
 from autointerp.records import Change, Context, Label, Ngrams, Prediction
+from autointerp.show_money import cached_words
 from autointerp.stopping import Stop
 from autointerp.store import Store
 
@@ -79,10 +80,13 @@ class Work:
         self._ngrams = self.store.ngrams(self.run_id) if self._asks else {}
         self.reporter.start("labels", len(selected))
         self.reporter.advance("labels", len(done))
+        engine = getattr(self.labeler, "engine", None)
         async with _gathering() as tasks:
-            async for latent in self._stored(contexts) if contexts is not None else _each(selected):
-                if latent not in done:
-                    tasks.create_task(self._guarded(lambda latent=latent: self._label(latent), "labels"))
+            # Contexts take their time to come: in batch mode all labels go into one batch all the same.
+            with engine.hold() if engine is not None else contextlib.nullcontext():
+                async for latent in self._stored(contexts) if contexts is not None else _each(selected):
+                    if latent not in done:
+                        tasks.create_task(self._guarded(lambda latent=latent: self._label(latent), "labels"))
         self._raise_halt()
         if self.labeler.name == "lexical":
             await self._name_targets()
@@ -115,17 +119,19 @@ class Work:
         known = label.status == "known" and not self.ask_all
         return RuleScorer() if known and needs_engine(wished) else wished
 
-    async def summarise(self) -> None:
-        """What the training changed, over all labels; made anew only when they or their scores have changed."""
-        changes = labelled_changes(self.store, self.run_id, self.labeler.name)
-        if changes and not stands(self.store, self.run_id, self.labeler.name, changes):
-            self.reporter.start("summary", 1)
-            await self._guarded(lambda: self._summarise(changes), "summary")
-            self._raise_halt()
+    async def summarise(self, changes: Sequence[Change]) -> str | None:
+        """What the training changed, over these labels; its status once it is stored, None when we were stopped."""
+        self.reporter.start("summary", 1)
+        status: list[str] = []
 
-    async def _summarise(self, changes: Sequence[Change]) -> None:
-        summary = await self.labeler.summarise(changes)
-        await asyncio.wrap_future(self.store.upsert("summaries", [summary_row(self.run_id, summary, changes)]))
+        async def summarise() -> None:
+            summary = await self.labeler.summarise(changes)
+            await asyncio.wrap_future(self.store.upsert("summaries", [summary_row(self.run_id, summary, changes)]))
+            status.append(summary.status)
+
+        await self._guarded(summarise, "summary")
+        self._raise_halt()
+        return status[0] if status else None
 
     def labelled(self) -> set[int]:
         """The latents with a usable label of this labeler."""
@@ -182,7 +188,11 @@ class Work:
 
     def _spent(self) -> str:
         engine = getattr(self.labeler, "engine", None)
-        return f"${engine.spend.usd + engine.spend.usd_in_doubt:.4f}" if engine is not None else ""
+        if engine is None:
+            return ""
+        spend = engine.spend
+        cached = f" · {cached_words(spend.cached_tokens, spend.input_tokens)}" if spend.cached_tokens else ""
+        return f"${spend.usd + spend.usd_in_doubt:.4f}{cached}"
 
     async def _name_targets(self) -> None:
         """Second look at lexical effects, now that the latents they speak of have labels."""

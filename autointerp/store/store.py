@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -114,6 +115,15 @@ class Store:
         store has failed.
         """
         return self._submit(*self._upserts(table, rows))
+
+    def insert(self, table: str, rows: Sequence[Mapping[str, Any]]) -> Future[None]:
+        """As `upsert`, for rows whose keys are new, and committed at once: for what somebody waits for.
+
+        A key that exists fails the future (duckdb.ConstraintException).
+        """
+        fresh = [replace(step, fresh=True) for step in self._upserts(table, rows)]
+        self._unused = False
+        return self._writing().submit(*fresh, urgent=True)
 
     def execute(self, sql: str, params: Sequence[Any] = ()) -> Future[None]:
         """Run one statement on the writer thread, in order with the upserts."""

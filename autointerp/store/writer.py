@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +24,8 @@ from autointerp.store.schema import TableSchema
 GROUP_ROWS = 200
 GROUP_S = 0.25
 LINGER_S = 0.02
-"""A group is committed after GROUP_ROWS rows or GROUP_S seconds, or sooner when nothing came for LINGER_S."""
+"""A group is committed after GROUP_ROWS rows or GROUP_S seconds, or sooner: when nothing came for LINGER_S, or at once
+when something urgent came."""
 
 
 class StoreError(AutointerpError):
@@ -39,19 +40,25 @@ class Upsert:
 
     schema: TableSchema
     rows: pa.Table
+    fresh: bool = False
+    """The keys are new: half the work. One that is not is an error."""
 
     def run(self, cursor: duckdb.DuckDBPyConnection) -> None:
-        rows, key = last_per_key(self.rows, self.schema.key), self.schema.key
-        changes = ", ".join(f'"{name}" = excluded."{name}"' for name in rows.column_names if name not in key)
-        conflict = f"DO UPDATE SET {changes}" if changes else "DO NOTHING"
+        rows = self.rows if self.fresh else last_per_key(self.rows, self.schema.key)
         cursor.register("incoming_rows", rows)
         try:
             cursor.execute(
-                f'INSERT INTO "{self.schema.name}" BY NAME SELECT * FROM incoming_rows '
-                f"ON CONFLICT ({', '.join(key)}) {conflict}"
+                f'INSERT INTO "{self.schema.name}" BY NAME SELECT * FROM incoming_rows'
+                + ("" if self.fresh else self._conflict(rows.column_names))
             )
         finally:
-            cursor.unregister("incoming_rows")
+            with contextlib.suppress(duckdb.Error):  # cannot be done after an error; the next rows replace it
+                cursor.unregister("incoming_rows")
+
+    def _conflict(self, columns: Sequence[str]) -> str:
+        key = self.schema.key
+        changes = ", ".join(f'"{name}" = excluded."{name}"' for name in columns if name not in key)
+        return f" ON CONFLICT ({', '.join(key)}) " + (f"DO UPDATE SET {changes}" if changes else "DO NOTHING")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +81,8 @@ class Work:
 
     steps: tuple[Step, ...]
     future: Future[None] = field(default_factory=Future)
+    urgent: bool = False
+    """Does not wait for company."""
     closes_group: bool = False
     publishes: bool = False
     stops: bool = False
@@ -98,9 +107,12 @@ class Writer:
         self._thread = threading.Thread(target=self._serve, name="autointerp-store", daemon=True)
         self._thread.start()
 
-    def submit(self, *steps: Step) -> Future[None]:
-        """Queue steps as one unit; the future resolves when it is committed. StoreError once the store has failed."""
-        return self._put(Work(steps))
+    def submit(self, *steps: Step, urgent: bool = False) -> Future[None]:
+        """Queue steps as one unit; the future resolves when it is committed. StoreError once the store has failed.
+
+        `urgent`: the group that it ends up in is committed at once.
+        """
+        return self._put(Work(steps, urgent=urgent))
 
     def flush(self) -> Future[None]:
         """Resolves when all that was queued before is committed; fails with the first failure since the last flush."""
@@ -157,7 +169,7 @@ class Writer:
         """What to commit together; empty when the replica is due and nothing came."""
         group: list[Work] = []
         n_rows, deadline = 0, 0.0
-        while n_rows < GROUP_ROWS and not (group and group[-1].closes_group):
+        while n_rows < GROUP_ROWS and not (group and (group[-1].closes_group or group[-1].urgent)):
             now = time.monotonic()
             timeout = min(LINGER_S, deadline - now) if group else self._replica.wait_s(now)
             try:
@@ -258,12 +270,12 @@ def _merged(steps: Sequence[Step]) -> Iterator[Step]:
     """Neighbouring upserts of the same columns as one: a statement costs far more than a row."""
 
     def target(step: Step) -> object:
-        return (step.schema.name, *step.rows.column_names) if isinstance(step, Upsert) else step
+        return (step.schema.name, step.fresh, *step.rows.column_names) if isinstance(step, Upsert) else step
 
     for _, run in groupby(steps, key=target):
         same = list(run)
         upserts = [step for step in same if isinstance(step, Upsert)]
         if len(upserts) > 1:
-            yield Upsert(upserts[0].schema, pa.concat_tables([step.rows for step in upserts]))
+            yield replace(upserts[0], rows=pa.concat_tables([step.rows for step in upserts]))
         else:
             yield from same

@@ -70,6 +70,55 @@ def test_labels_whose_judge_has_gone_are_judged_by_the_fall_back(copied: World, 
         assert set(asked(server)[K + 1 :]) == {"anthropic"}
 
 
+SUMMARIES = "SELECT labeler, status, sentences FROM summaries WHERE labeler <> 'lexical' ORDER BY created_at"
+
+
+def at_the_summary(server: Serving, fault: Fault) -> Any:
+    """What the next request meets: `fault` where OpenAI is asked for the summary, else a good answer."""
+
+    def choose() -> Fault | None:
+        request = server.requests[-1]
+        asked_for = request["path"] != "/v1/messages" and '"sentences"' in request["messages"][0]["content"]
+        return fault if asked_for else None
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("fault", "first"),
+    [
+        (error(402, "pay first"), []),
+        (Fault(finish="refusal", text="I would rather not"), ["refused"]),
+        (Fault(text='{"sentences": [{"text": "Invented.", "latents": [-1]}]}'), ["failed"]),
+    ],
+)
+def test_the_summary_falls_back_too(copied: World, shell: Shell, use: Any, fault: Fault, first: list[str]) -> None:
+    with Serving() as server:
+        use(server)
+        server.server.choose = at_the_summary(server, fault)
+        says = shell(*copied.args(**BOTH))
+        assert says.status == 0, says
+        assert asked(server).count("anthropic") == 1, "the summary and nothing else"
+        rows = read(copied.db, SUMMARIES)
+        assert [(row["labeler"], row["status"]) for row in rows] == [
+            *((OPENAI, status) for status in first),
+            (ANTHROPIC, "ok"),
+        ]
+        n = len(server.requests)
+        assert shell(*copied.args(**BOTH)).status == 0
+        assert len(server.requests) == n, "it stands"
+
+
+def test_one_summary_over_the_labels_of_all(copied: World, shell: Shell, use: Any) -> None:
+    with Serving([None, error(400, "no such parameter")]) as server:
+        use(server)
+        assert shell(*copied.args(concurrency=1, **BOTH)).status == 0
+        (row,) = read(copied.db, SUMMARIES)
+        assert row["labeler"] == OPENAI
+        cited = {latent for sentence in json.loads(row["sentences"]) for latent in sentence["latents"]}
+        assert cited == {row["latent"] for row in read(copied.db, "SELECT latent FROM changed_latents")}
+
+
 def test_both_stopped_is_stopped(copied: World, shell: Shell, use: Any) -> None:
     with Serving([error(401, "no")] * 2) as server:
         use(server)

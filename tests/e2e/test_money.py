@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from autointerp.labeling.llm import batches
+from autointerp.labeling.llm.prices import find_price
 from autointerp.store import Store
 
 from ..faults.server import Fault, error
@@ -277,20 +278,23 @@ def test_in_batches_the_same_labels_cost_half(
     with Serving() as server:
         use(server)
         assert shell(*copied.args(labeler=MODELS[provider], db=alone)).status == 0
-        full = server.server.bill.usd
-        n = len(server.requests)
+        one_by_one = len(server.requests)
     with Serving() as server:
         use(server)
         plan = json.loads(shell(*copied.args(labeler=MODELS[provider], batch=True, dry_run=True, json=True)).out)
         assert shell(*copied.args(labeler=MODELS[provider], batch=True)).status == 0
-        assert len(server.requests) == n
+        n = len(server.requests)
+        assert n <= 1.5 * one_by_one, "fewer looks, each of more examples"
         assert all("batch" in request for request in server.requests)
         labelled = [request["batch"] for request in server.requests][:K]
-        assert set(labelled) == {"batch_0"}, "all labels in one; scores as far as each is still to be decided"
-        assert server.server.bill.usd == pytest.approx(full / 2)
-        assert plan["usd_low"] <= server.server.bill.usd <= plan["usd_high"]
+        assert set(labelled) == {"batch_0"}, "all labels in one"
+        assert len(server.server.desk.jobs) <= 4, "labels, two of scores, the summary"
+        bill, price = server.server.bill, find_price(MODELS[provider].split(":")[1])
+        assert price is not None
+        assert bill.usd == pytest.approx(price.usd(bill.input_tokens, bill.output_tokens) / 2)
+        assert plan["usd_low"] <= bill.usd <= plan["usd_high"]
         spent = read(copied.db, "SELECT sum(usd) AS usd FROM calls")
-        assert spent == [{"usd": pytest.approx(full / 2)}]
+        assert spent == [{"usd": pytest.approx(bill.usd)}]
         assert shell(*copied.args(labeler=MODELS[provider], batch=True)).status == 0
         assert len(server.requests) == n
     assert read(copied.db, labels) == read(alone, labels)

@@ -59,10 +59,12 @@ def _answer(system: str, user: str) -> dict:
     if '"after"' in system:
         pushed = re.findall(r"`([^`]+)`", user.splitlines()[0])
         return {"after": ["AB"[_rank(a, pushed) > _rank(b, pushed)] for a, b in _pairs(user)]}
-    if '"1": 0' in system:
-        words = ["", *(token.strip() for token in re.findall(r"^\d+\t(.*)$", user, re.MULTILINE))]
+    if '"1":[' in system:
+        rows = [row.split("\t") for row in re.findall(r"^\d+\t(.*)$", user, re.MULTILINE)]
+        words = ["", *(token.strip() for row in rows for token in row)]
         pairs = [f"{before} {word}" for before, word in itertools.pairwise(words)]
-        return {str(i): round(0.9 * int(named.get(pair, 0))) for i, pair in enumerate(pairs, start=1)}
+        digits = iter([round(0.9 * int(named.get(pair, 0))) for pair in pairs])
+        return {str(i): list(itertools.islice(digits, len(row))) for i, row in enumerate(rows, start=1)}
     return _label(user)
 
 

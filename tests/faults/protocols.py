@@ -19,6 +19,7 @@ class Said:
     cached: int
     wrote: int
     usage: bool
+    logprobs: list[dict[str, Any]] | None = None
 
 
 def question_of(path: str, request: dict[str, Any]) -> tuple[str, str, int]:
@@ -58,7 +59,7 @@ def _completion(said: Said) -> dict[str, Any]:
         "object": "chat.completion",
         "created": 0,
         "model": said.model,
-        "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish, "logprobs": {"content": said.logprobs}}],
     }
     details = {"cached_tokens": said.cached}
     usage = {"prompt_tokens": said.read, "completion_tokens": said.wrote, "prompt_tokens_details": details}
@@ -68,6 +69,7 @@ def _completion(said: Said) -> dict[str, Any]:
 def _response(said: Said) -> dict[str, Any]:
     refused = said.finish == "refusal"
     part = {"type": "refusal", "refusal": said.text} if refused else {"type": "output_text", "text": said.text}
+    part |= {} if said.logprobs is None else {"logprobs": said.logprobs}
     reason = {"length": "max_output_tokens", "filter": "content_filter"}.get(said.finish)
     answer: dict[str, Any] = {
         "id": "resp_1",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,10 @@ class Bill:
     unseen_usd: float = 0.0
     """Charged for work that the client cannot know the price of: its answer was lost, or came without usage."""
 
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
 
 class FaultServer:
     """`async with FaultServer(respond, plan) as server:` serves at `server.url` in the running loop.
@@ -87,10 +92,14 @@ class FaultServer:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.bill = Bill()
+        self.arrivals: list[tuple[float, int]] = []
+        """(seconds on the monotonic clock, tokens on the bill) of each request, in the order in which they ended."""
         self.busiest = 0
         self.busy = 0
         self.choose: Callable[[], Fault | None] = lambda: self.plan.popleft() if self.plan else None
         """What the next request meets; by default the next of the plan."""
+        self.logprobs: Callable[[str], list[dict[str, Any]]] | None = None
+        """Tokens of an answer with their alternatives, for who asks for them; None: nobody is told."""
         self._prices = usd_per_mtok
         self._cached = cached_tokens
         self._latency_s = latency_s
@@ -163,13 +172,15 @@ class FaultServer:
             done = None if fault and not fault.breaks else self.desk.handle(method, path, raw)
             fault = fault or Fault(*(done or (404, "{}")))  # one that breaks does so when the work is done
         else:
-            request = json.loads(raw)
+            arrived, request = time.monotonic(), json.loads(raw)
             self.requests.append({"path": path, **request})
             fault = self.next_fault()
             await asyncio.sleep(self._latency_s + (0 if fault.breaks == "refuse" else fault.delay_s))
+            before = self.bill.tokens
             if fault.body is None or fault.status == 200:
                 answer = self.answer(path, request, fault)
                 fault = fault if fault.body is not None else replace(fault, body=answer)
+            self.arrivals.append((arrived, self.bill.tokens - before))
         if fault.breaks in ("reset", "hang", "refuse"):
             if fault.breaks == "hang":
                 await reader.read()  # until the client has gone
@@ -226,8 +237,22 @@ class FaultServer:
             self.bill.usd += usd
         else:
             self.bill.unseen_usd += usd
-        said = Said(request["model"], text, fault.finish, read, cached, wrote, fault.usage)
+        told = self.logprobs(text) if self.logprobs and request.get("top_logprobs") else None
+        said = Said(request["model"], text, fault.finish, read, cached, wrote, fault.usage, told)
         return json.dumps(render(path, said))
+
+
+def over_the_limit(arrivals: Iterable[tuple[float, int]], limit: int, period_s: float) -> int:
+    """Requests on whose arrival the `period_s` seconds up to it hold more than `limit`, whatever the entries count."""
+    window: deque[tuple[float, int]] = deque()
+    held = over = 0
+    for at, n in sorted(arrivals):
+        window.append((at, n))
+        held += n
+        while window[0][0] <= at - period_s:
+            held -= window.popleft()[1]
+        over += held > limit
+    return over
 
 
 def oracle(system: str, user: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 
 from autointerp.errors import BudgetError, ProviderError
+from autointerp.labeling.base import LabelingSettings, make_scorer
+from autointerp.labeling.labelers.llm import LLMLabeler
 from autointerp.labeling.llm.anthropic import CACHEABLE_BYTES
 from autointerp.labeling.llm.batch_api import BatchApi
 from autointerp.labeling.llm.faults import Interrupted, Terminal
 
-from .harness import KEY, Bench, bench, question, says, word
+from .harness import KEY, SOON, Bench, bench, question, says, word
+from .oracle import PHRASES, oracle, planted, yes_sayer
 from .server import Fault, FaultServer, error
 
 GOOD = json.dumps({"word": "yes"})
@@ -76,6 +80,57 @@ def test_batches_of_the_responses_api(tmp_path: Path):
         async with bench(tmp_path, respond=says(GOOD), batch=True, api="responses") as b:
             assert [reply.value for reply in await ask_all(b, 3)] == ["yes"] * 3
             assert {request["path"] for request in b.server.requests} == {"/v1/responses"}
+            assert_on_the_bill(b)
+
+    asyncio.run(run())
+
+
+def test_questions_that_trickle_in_make_one_batch_while_more_are_sure_to_come(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), batch=True) as b:
+            with b.engine.hold():
+                asks = []
+                for i in range(4):
+                    asks.append(asyncio.create_task(b.engine.ask(question(i), word, latent=i, purpose="label")))
+                    await asyncio.sleep(2 * SOON.linger_s)
+                assert creations(b.server) == 0
+            await asyncio.gather(*asks)
+            assert creations(b.server) == 1
+
+    asyncio.run(run())
+
+
+N_LATENTS = 20
+
+
+def test_a_run_of_many_latents_and_scorers_makes_few_batches(tmp_path: Path):
+    """Labels are one; all scorers share two, also where nothing is decided before the last example."""
+    settings = LabelingSettings("run", batch=True)
+    latents = [replace(planted(j % len(PHRASES), seed=j), latent=j) for j in range(N_LATENTS)]
+
+    def judge(system: str, user: str) -> str:
+        """An oracle that is wrong every other time: no score is decided soon."""
+        coin = random.Random(user).random() < 0.5
+        return (oracle if coin or '"explanation"' in system else yes_sayer)(system, user)
+
+    async def run():
+        async with bench(tmp_path, respond=judge, batch=True, patience=replace(SOON, linger_s=0.3)) as b:
+            labeler = LLMLabeler(b.engine, settings)
+            labels = await asyncio.gather(*(labeler.label(evidence) for evidence in latents))
+            assert {label.status for label in labels} == {"ok"}
+            assert creations(b.server) == 1
+            names = ("detection", "fuzzing", "contrast", "intruder")
+            scorers = [make_scorer(name, labeler, settings) for name in names]
+            tasks = [
+                scorer.score(evidence, label, labels[j - 1])
+                for scorer in scorers
+                for j, (evidence, label) in enumerate(zip(latents, labels, strict=True))
+            ]
+            scores = await asyncio.gather(*tasks)
+            assert creations(b.server) == 3
+            assert {score.n_missing for score in scores} == {0}
+            n_examples = {score.n_examples for score in scores if score.scorer == "detection"}
+            assert n_examples == {20, 40}, "some are decided after the first half, some are not"
             assert_on_the_bill(b)
 
     asyncio.run(run())

@@ -59,6 +59,21 @@ def test_input_and_output_have_limits_of_their_own_and_a_large_question_still_go
     assert timed((100, 50), (100, 50), (100, 50), itpm=125, settled=(10, 5)) < 0.2, "settled for less"
 
 
+def test_it_is_the_sending_that_counts_not_the_leave():
+    """What is sent long after it was granted leaves less room for so much longer."""
+
+    async def run(limits: Limits) -> float:
+        grant = await limits.admit_tokens(100, 0)
+        await asyncio.sleep(0.2)
+        limits.sent(grant)
+        began = time.monotonic()
+        limits.sent(await limits.admit_tokens(100, 0))
+        return time.monotonic() - began
+
+    for limit in ({"rpm": 1}, {"tpm": 100}):
+        assert asyncio.run(run(Limits(**limit, period_s=0.3))) >= 0.3
+
+
 def test_what_a_question_takes_is_learnt_from_the_answers(tmp_path: Path):
     async def run():
         # The server counts 1 token per 4 bytes and adds no schema; we begin at 1 per 3 bytes of all that is sent.

@@ -104,10 +104,10 @@ def test_a_store_that_fails_stops_the_spending(tmp_path: Path):
     class Full(Store):
         full = False
 
-        def upsert(self, table: str, rows: Any) -> Any:
+        def insert(self, table: str, rows: Any) -> Any:
             if self.full:
                 raise StoreError("the disk is full")
-            return super().upsert(table, rows)
+            return super().insert(table, rows)
 
     async def run():
         async with bench(tmp_path, respond=says(GOOD)) as b:

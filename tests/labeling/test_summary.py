@@ -118,7 +118,7 @@ def test_the_overview_counts_what_the_rows_hold():
 def test_a_summary_is_stored_and_shown_harmlessly(tmp_path: Path):
     path = make_store(tmp_path / "a.duckdb")
     with Store.open(path) as store:
-        changes = labelled_changes(store, RUN, "lexical")
+        changes = labelled_changes(store, RUN, ["lexical"])
         assert [(c.latent, c.score, c.null_score, c.promotes) for c in changes] == [(0, 0.93, 0.5, (" test",))]
         summary = asyncio.run(LexicalLabeler().summarise(changes))
         row = summary_row(RUN, summary, changes)

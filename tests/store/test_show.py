@@ -14,6 +14,7 @@ import pytest
 
 from autointerp import show
 from autointerp.errors import InputError
+from autointerp.results import Results
 from autointerp.store import Store
 from autointerp.store.export import latent_objects
 from autointerp.terminal import console, visible
@@ -170,3 +171,21 @@ def test_reading_and_showing_load_neither_torch_nor_pandas():
     script = f"{imports}; print({{'torch', 'pandas'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_what_was_spent_is_shown_with_what_came_from_a_cache(tmp_path: Path):
+    path = make_store(tmp_path / "a.duckdb")
+    call = {"run_id": RUN, "latent": 1, "purpose": "label", "provider": "openai", "model": "m", "status": "ok"}
+    usage = {"input_tokens": 1500, "cached_tokens": 500, "output_tokens": 40, "usd": 0.25, "usd_estimated": 0.5}
+    with Store.open(path) as store:
+        rows = [{"call_id": "a", **call, **usage}, {"call_id": "b", **call, "purpose": "score", **usage}]
+        store.upsert("calls", [*rows, {"call_id": "c", **call, "status": "in_doubt", "usd_estimated": 0.5}])
+        store.upsert("calls", [{"call_id": "d", **call, "model": "n", "input_tokens": 7, "output_tokens": 3}])
+    text = " ".join(printed(path, width=120).split())
+    assert "openai:m 3 calls · 3,000 + 80 tokens · 33% of the input cached · $0.5000 · $0.5000 in doubt" in text
+    assert "openai:n 1 call · 7 + 3 tokens · no listed price" in text
+    assert "asked openai:m: 3 calls · 3,000 + 80 tokens · 33% of the input cached" in printed(path, 1, width=120)
+    assert "asked" not in printed(path, 2)
+    sums = Results(path).sql("SELECT purpose, calls, cached_tokens, usd, usd_in_doubt FROM spent WHERE model = 'm'")
+    assert sorted(sums.fetchall()) == [("label", 2, 500, 0.25, 0.5), ("score", 1, 500, 0.25, 0.0)]
+    assert {row["purpose"] for row in Results(path).summary()["spent"]} == {"label", "score"}

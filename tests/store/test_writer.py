@@ -43,6 +43,21 @@ def test_of_rows_with_one_key_the_last_stands(store: Store):
     assert store.read("SELECT status FROM runs") == [{"status": "5"}]
 
 
+def test_an_insert_is_committed_without_waiting_for_company_and_takes_no_known_key(store: Store):
+    waiting = store.upsert("runs", [{"run_id": "a"}])
+    store.insert("runs", [{"run_id": "b", "status": "done"}]).result()
+    assert waiting.done(), "what came before it is in its group"
+    twice = store.insert("runs", [{"run_id": "c"}, {"run_id": "b", "status": "again"}])
+    beside = store.upsert("runs", [{"run_id": "d"}])
+    with pytest.raises(duckdb.ConstraintException):
+        twice.result()
+    beside.result()
+    rows = [tuple(row.values()) for row in store.read("SELECT run_id, status FROM runs ORDER BY run_id")]
+    assert rows == [("a", None), ("b", "done"), ("d", None)]
+    with pytest.raises(duckdb.ConstraintException):
+        store.flush()
+
+
 def test_values_of_every_kind_come_back(store: Store):
     now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     settings = {"top": 50, "nan": float("nan"), "path": Path("x"), "lone": "\ud800"}

@@ -58,8 +58,8 @@ class LLMLabeler:
         self._prompts = Prompts(settings.prompts_dir)
 
     @staticmethod
-    def plan(prompts: Prompts, evidence: LatentEvidence) -> list[Planned]:
-        """The question that `label` would ask, for an estimate."""
+    def plan(prompts: Prompts, evidence: LatentEvidence, batch: bool = False) -> list[Planned]:
+        """The question that `label` would ask, in a batch or not, for an estimate."""
         try:
             return [Planned(explain_request(prompts, evidence), TYPICAL_OUTPUT_TOKENS)]
         except NoContextsError:

@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import Any
 
+from autointerp.labeling.llm.clients import Clients
 from autointerp.labeling.llm.prices import Price
 from autointerp.labeling.llm.provider import Answer, Request, count, decode, from_sdk, garbage
 
@@ -28,22 +29,24 @@ class AnthropicProvider:
         self.price = price
         self.timeout_s = timeout_s
         self.key = key
-        self._client: Any = None
+        self._clients: Clients | None = None
         self._effort = True
         self._structured = True
         self._caches = True
 
     async def complete(self, request: Request) -> Answer:
         import anthropic
+        import httpx2
 
         try:
+            # Not `create`: that walks through the whole body to convert it, and what we send is converted already.
             async with asyncio.timeout(self.timeout_s):
-                raw = await self.client().messages.with_raw_response.create(**self.body(request))
-                body = await raw.text()
+                with self._pools().one() as client:
+                    raw = await client.post("/v1/messages", body=self.body(request), cast_to=httpx2.Response)
         except Exception as error:
             fault = from_sdk(anthropic, error, self.refusable(), self.key)
         else:
-            return self.read(body, raw.status_code)
+            return self.read(raw.text, raw.status_code)
         # Out here it carries no context: the SDK's exception holds the request, and the request the key.
         raise fault
 
@@ -65,24 +68,25 @@ class AnthropicProvider:
             self._structured = self._effort = False
 
     async def aclose(self) -> None:
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
+        if self._clients is not None:
+            await self._clients.aclose()
+            self._clients = None
 
     def client(self) -> Any:
-        """The SDK's client, made when it is first needed, without retries of its own."""
-        if self._client is None:
+        """One of the SDK's clients, without retries of its own."""
+        return self._pools().first
+
+    def _pools(self) -> Clients:
+        if self._clients is None:
             import anthropic
 
             token = not os.environ.get("ANTHROPIC_API_KEY", "").strip()  # then the key is ANTHROPIC_AUTH_TOKEN's
-            self._client = anthropic.AsyncAnthropic(
-                api_key=None if token else self.key,
-                auth_token=self.key if token else None,
-                base_url=self.endpoint,
-                max_retries=0,
-                timeout=self.timeout_s,
+            known: dict[str, Any] = {"base_url": self.endpoint, "max_retries": 0, "timeout": self.timeout_s}
+            known |= {"api_key": None if token else self.key, "auth_token": self.key if token else None}
+            self._clients = Clients(
+                anthropic.DefaultAsyncHttpxClient, lambda http: anthropic.AsyncAnthropic(**known, http_client=http)
             )
-        return self._client
+        return self._clients
 
     def body(self, request: Request, marked: bool = True) -> dict[str, Any]:
         """What is sent; unless `marked`, without markers for the provider's cache."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tenacity import RetryCallState
@@ -35,7 +37,8 @@ class _Asked:
 
 
 class BatchSender(Sender):
-    """As `Sender`, through batches. A batch is closed when it is full or no question came for a while."""
+    """As `Sender`, through batches. A batch is closed when it is full, or when no question came for a while and none is
+    sure to come."""
 
     def __init__(self, provider: Provider, ledger: Ledger, limits: Limits, batches: Batches):
         super().__init__(provider, ledger, limits, 1, RETRIES)
@@ -44,7 +47,18 @@ class BatchSender(Sender):
         self._open: list[_Asked] = []
         self._open_bytes = 0
         self._closing: asyncio.TimerHandle | None = None
+        self._holds = 0
         self._under_way: set[asyncio.Task[None]] = set()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Within, a batch is closed only when it is full."""
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
+            self._close_soon()
 
     async def aclose(self) -> None:
         """Stop waiting for batches; what they hold is for the next process."""
@@ -88,11 +102,17 @@ class BatchSender(Sender):
             self._close()
         self._open.append(asked)
         self._open_bytes += n_bytes
-        if self._closing is not None:
-            self._closing.cancel()
-        self._closing = asyncio.get_running_loop().call_later(self._batches.patience.linger_s, self._close)
+        self._close_soon()
         if len(self._open) >= self._most:
             self._close()
+
+    def _close_soon(self) -> None:
+        """When no other question comes for a while."""
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None
+        if self._open and not self._holds:
+            self._closing = asyncio.get_running_loop().call_later(self._batches.patience.linger_s, self._close)
 
     def _close(self) -> None:
         if self._closing is not None:

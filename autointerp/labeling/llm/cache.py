@@ -16,11 +16,12 @@ from autointerp.labeling.llm.commits import Commits
 from autointerp.labeling.llm.provider import Answer, Provider
 from autointerp.store import Store
 
+_KNOWN = "SELECT request_sha256 FROM answers WHERE provider = ? AND model = ?"
 _OF_MODEL = "SELECT request_sha256, answer FROM answers WHERE provider = ? AND model = ?"
 
 
 class Answers:
-    """The table `answers` of our store and, read once, those of the other stores (`*.duckdb`) in its folder.
+    """The table `answers` of our store and those of the other stores (`*.duckdb`) in its folder, looked through once.
 
     An answer found in another store is copied into ours, which stays complete by itself. What another process is
     asking at this moment is not seen: two jobs at once on two stores may pay for the same question twice.
@@ -30,17 +31,20 @@ class Answers:
         self._store = store
         self._commits = commits
         self._provider = provider
-        self._elsewhere: asyncio.Task[dict[str, str]] | None = None
+        self._reading: asyncio.Task[tuple[set[str], dict[str, str]]] | None = None
+        self._kept: set[str] = set()
 
     async def find(self, sha256: str) -> Answer | None:
         """The answer that was paid for, here or in a store beside ours."""
-        sql = "SELECT answer FROM answers WHERE request_sha256 = ?"
-        rows = await asyncio.to_thread(self._store.read, sql, [sha256])
-        if rows:
-            return Answer(**json.loads(rows[0]["answer"]))
-        if self._elsewhere is None:
-            self._elsewhere = asyncio.create_task(asyncio.to_thread(self._read_neighbours))
-        found = (await asyncio.shield(self._elsewhere)).get(sha256)
+        if self._reading is None:
+            self._reading = asyncio.create_task(asyncio.to_thread(self._read))
+        ours, elsewhere = await asyncio.shield(self._reading)
+        if sha256 in ours or sha256 in self._kept:
+            sql = "SELECT answer FROM answers WHERE request_sha256 = ?"
+            rows = await asyncio.to_thread(self._store.read, sql, [sha256])
+            if rows:
+                return Answer(**json.loads(rows[0]["answer"]))
+        found = elsewhere.get(sha256)
         if found is None:
             return None
         answer = Answer(**json.loads(found))
@@ -56,7 +60,13 @@ class Answers:
             "answer": asdict(answer),
             "created_at": datetime.now(UTC).replace(tzinfo=None),
         }
+        self._kept.add(sha256)
         return self._commits.put("answers", row)
+
+    def _read(self) -> tuple[set[str], dict[str, str]]:
+        """(which questions our store has answers to, the answers of the stores beside it)."""
+        rows = self._store.read(_KNOWN, [self._provider.name, self._provider.model])
+        return {row["request_sha256"] for row in rows}, self._read_neighbours()
 
     def _read_neighbours(self) -> dict[str, str]:
         own = Path(self._store.path)

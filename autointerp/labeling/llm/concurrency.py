@@ -7,7 +7,7 @@ from collections import deque
 
 FIRST = 8
 """Calls in flight once the first, which goes alone, has been answered."""
-RAMP_S = 0.05
+RAMP_S = 0.03
 """While nobody objects, the limit doubles this often. Refusals come back long before answers do."""
 CUT = 0.8
 GROWTH = 1.05

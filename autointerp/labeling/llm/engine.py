@@ -7,8 +7,9 @@ A question goes: answer stored? → same question in flight? → sending.py (slo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from autointerp.labeling.llm.concurrency import Slots
 from autointerp.labeling.llm.faults import Fault, Stop, Terminal
 from autointerp.labeling.llm.ledger import Ledger, Spend
 from autointerp.labeling.llm.limits import Limits
+from autointerp.labeling.llm.logprobs import Spoken
 from autointerp.labeling.llm.provider import Answer, Provider, Request, batches_of
 from autointerp.labeling.llm.sending import Retries, Sender
 
@@ -32,6 +34,8 @@ Parse = Callable[[dict[str, Any]], T]
 
 ROOM_FACTOR = 4
 """An answer cut off by its length is asked once more with this many times the room."""
+WAITING_SHARE = 0.2
+"""Of the calls that may be in flight: rows, two a call, that may wait for a commit of their own."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Reply(Generic[T]):
     """It was paid for earlier: no call was made."""
     salvaged: bool
     """The JSON was dug out of prose, or of an answer that was cut off."""
+    spoken: Sequence[Spoken] = ()
+    """The tokens of the answer with their alternatives, where they were asked for and told."""
 
 
 class _MisfitError(Exception):
@@ -64,7 +70,7 @@ class Engine:
         patience: Patience | None = None,
     ):
         self.provider = provider
-        self._commits = Commits(store)
+        self._commits = Commits(store, lambda: int(WAITING_SHARE * self._sender.slots.limit))
         self._answers = Answers(store, self._commits, provider)
         self._ledger = Ledger(store, self._commits, provider, settings.run_id, settings.max_usd)
         limits = limits or Limits(settings.rpm, settings.tpm, settings.itpm, settings.otpm)
@@ -114,6 +120,10 @@ class Engine:
             self._in_flight[sha256] = task
             task.add_done_callback(lambda done: self._landed(sha256, done))
         return await asyncio.shield(task)
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Around questions that trickle in, so that they make one batch and not many."""
+        return self._sender.hold()
 
     async def drain(self) -> None:
         """Send nothing more; returns when all that is in flight is answered and committed."""
@@ -209,4 +219,4 @@ class Engine:
             value, salvaged = read_answer(answer.text, parse)
         except ValueError as error:
             raise _MisfitError(f"{error}; it was cut off" if answer.finish == "length" else str(error)) from None
-        return Reply(value, sha256, stored, salvaged or answer.finish == "length")
+        return Reply(value, sha256, stored, salvaged or answer.finish == "length", answer.spoken)

@@ -17,8 +17,8 @@ from autointerp.records import Context, ContextKind, DecoderToken, LatentEvidenc
 BYTES_PER_TOKEN = (4.6, 3.8, 3.0)
 """Of English and code in current tokenisers: many, typical, few."""
 OUTPUT_SPREAD = (0.7, 1.0, 1.8)
-BATCH_SECONDS = (300.0, 2 * 86_400.0)
-"""Labels are one batch, their scores the next; each may take a day, and seldom does."""
+BATCH_SECONDS = (300.0, 4 * 86_400.0)
+"""Labels are one batch, their scores at most two, the summary the last; each may take a day, and seldom does."""
 SECONDS_PER_CALL = (0.8, 4.0)
 _FORMAT_TOKENS = 12
 _CONTEXTS_PER_KIND, _PREDICTED, _PEAK = 20, 10, 23
@@ -59,16 +59,16 @@ def estimate(
     InputError for an unknown labeler or scorer, and for a template that does not render.
     """
     name, model = split_spec(spec)
-    prompts = Prompts(settings.prompts_dir)
+    prompts, batch = Prompts(settings.prompts_dir), settings.batch
     askers = [item for item in (LABELERS.get(name), *(find_scorer(spec)[0] for spec in scorers)) if needs_engine(item)]
     planned: list[Planned] = []
     if askers:
         counted = [typical_evidence()] if isinstance(latents, int) else latents
-        planned = [plan for item in askers for evidence in counted for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
+        planned = [plan for item in askers for evidence in counted for plan in item.plan(prompts, evidence, batch)]  # type: ignore[attr-defined]
         planned *= latents if isinstance(latents, int) else 1
     for scorer, waiting in (to_score or {}).items():
         if needs_engine(item := find_scorer(scorer)[0]):
-            planned += [plan for evidence in waiting for plan in item.plan(prompts, evidence)]  # type: ignore[attr-defined]
+            planned += [plan for evidence in waiting for plan in item.plan(prompts, evidence, batch)]  # type: ignore[attr-defined]
     if planned:
         n = latents if isinstance(latents, int) else len(latents)
         n = max(n, *(len(waiting) for waiting in (to_score or {}).values()), 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from asyncio import Future
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -40,6 +41,8 @@ class Retry(Fault):
         super().__init__(message, **known)
         self.kind: RetryKind = kind
         self.wait_s = wait_s
+        self.settled: Future[None] | None = None
+        """The commit of what the attempt cost, where there was one."""
 
 
 class Terminal(Fault):
@@ -80,12 +83,14 @@ def from_status(status: int, headers: Mapping[str, str], body: str, optional: tu
         return Retry(message, "limit", wait_s=retry_after(headers), http_status=status)
     if status == 404 and "v1/responses" in optional and "v1/responses" in body:
         return Retry("v1/responses", "adapt", http_status=status)
+    named = next((name for name in optional if name.casefold() in body.casefold()), None)
+    if status == 403 and named == "logprobs":  # some models answer, but do not tell these
+        return Retry(named, "adapt", http_status=status)
     if status in (401, 402, 403, 404) or (status in (400, 429) and _QUOTA.search(body)):
         return Stop(message, http_status=status)
     if status >= 500 or status in (408, 409, 425):
         return Retry(message, "server", wait_s=retry_after(headers), http_status=status)
     if status in (400, 422):
-        named = next((name for name in optional if name in body), None)
         if named and not _TOO_LONG.search(body):
             return Retry(named, "adapt", http_status=status)
         if _FILTERED.search(body):

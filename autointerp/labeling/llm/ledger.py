@@ -137,7 +137,7 @@ class Ledger:
         }
         _on_their_way.add(entry.call_id)
         try:
-            await self._commits.put("calls", row)
+            await self._commits.put_first("calls", row)
         except BaseException:
             self.free(entry)  # not sent
             _on_their_way.discard(entry.call_id)

@@ -11,7 +11,7 @@ from asyncio_throttle.throttler import Throttler
 
 from autointerp.labeling.llm.provider import Request
 
-MARGIN = 1.005
+MARGIN = 1.01
 """Our minute is this much longer than theirs: calls do not take equally long to reach the server."""
 _FIRST_TOKENS_PER_BYTE = 1 / 3
 _HEADROOM = 1.05
@@ -35,6 +35,8 @@ class Grant:
     n_bytes: int
     shares: dict[str, _Share] = field(default_factory=dict)
     """By window: `input`, `output`, `both`."""
+    at: float = 0.0
+    """When it was given."""
 
 
 class TokenWindow:
@@ -68,11 +70,33 @@ class TokenWindow:
         self._sum += tokens
         return share
 
+    def move(self, share: _Share) -> None:
+        """The call goes only now."""
+        if share.counts:
+            self._shares.remove(share)
+            share.at = time.monotonic()
+            self._shares.append(share)
+
     def settle(self, share: _Share, tokens: int) -> None:
         """What the call turned out to use, in the place of what was set aside for it."""
         if share.counts:
             self._sum += tokens - share.tokens
             share.tokens = tokens
+
+
+class _Requests(Throttler):
+    """So many requests in any period."""
+
+    async def acquire(self) -> float:
+        """Waits for its turn; returns when that was."""
+        await super().acquire()
+        return self._task_logs[-1]
+
+    def move(self, at: float) -> None:
+        """The request whose turn was at `at` goes only now."""
+        if at in self._task_logs:
+            self._task_logs.remove(at)
+            self._task_logs.append(time.monotonic())
 
 
 class Limits:
@@ -88,7 +112,7 @@ class Limits:
     ):
         period_s *= MARGIN
         poll_s = min(0.05, period_s / 200)
-        self._requests = Throttler(rate_limit=rpm, period=period_s, retry_interval=poll_s) if rpm else None
+        self._requests = _Requests(rate_limit=rpm, period=period_s, retry_interval=poll_s) if rpm else None
         limits = {"input": itpm, "output": otpm, "both": tpm}
         self._windows = {name: TokenWindow(limit, period_s) for name, limit in limits.items() if limit}
         self._tokens_per_byte = _FIRST_TOKENS_PER_BYTE
@@ -114,10 +138,16 @@ class Limits:
                         await self._freed.wait()
                 except TimeoutError:
                     pass
-            if self._requests is not None:
-                await self._requests.acquire()
+            at = await self._requests.acquire() if self._requests is not None else 0.0
             await self._resumed()
-            return Grant(n_bytes, {name: window.take(wanted[name]) for name, window in self._windows.items()})
+            return Grant(n_bytes, {name: window.take(wanted[name]) for name, window in self._windows.items()}, at)
+
+    def sent(self, grant: Grant) -> None:
+        """The call goes now: between its grant and here its row was committed, which takes now longer, now shorter."""
+        if self._requests is not None:
+            self._requests.move(grant.at)
+        for name, share in grant.shares.items():
+            self._windows[name].move(share)
 
     def settle(self, grant: Grant, input_tokens: int | None, output_tokens: int | None) -> None:
         """Replace the estimate by the usage; what is not known stays at its estimate."""

@@ -7,6 +7,8 @@ import os
 from typing import Any, Literal
 
 from autointerp.labeling.llm import responses
+from autointerp.labeling.llm.clients import Clients
+from autointerp.labeling.llm.logprobs import read_tokens
 from autointerp.labeling.llm.prices import Price
 from autointerp.labeling.llm.provider import Answer, Request, cache_key, count, decode, from_sdk, garbage
 
@@ -23,8 +25,8 @@ class OpenAIProvider:
     """One model behind one endpoint.
 
     What a server refuses by name in a 400 is left out from then on: structured output, the reasoning effort, the cache
-    key, the system role (put before the first question then). A model that answers through the responses API only is
-    asked there.
+    key, the probabilities of tokens, the system role (put before the first question then). A model that answers through
+    the responses API only is asked there.
     """
 
     name = "openai"
@@ -39,23 +41,25 @@ class OpenAIProvider:
         self.parameters = "" if api == "chat" else api
         self._api = api
         self.key = key
-        self._client: Any = None
+        self._clients: Clients | None = None
         # Other servers may know only the older name of the cap, and need not be told to answer without long thought.
         at_home = self.endpoint == _HOME
         self._cap = "max_completion_tokens" if at_home else "max_tokens"
-        self._optional = {"response_format", "text.format", "System role"}
+        self._optional = {"response_format", "text.format", "System role", "logprobs"}
         self._efforts = list(_EFFORTS if at_home else (None,))
         if at_home:
             self._optional |= {"prompt_cache_key", "v1/responses"}
 
     async def complete(self, request: Request) -> Answer:
+        import httpx2
         import openai
 
+        path = self.path.removeprefix("/v1")
         try:
+            # Not `create`: that walks through the whole body to convert it, and what we send is converted already.
             async with asyncio.timeout(self.timeout_s):
-                client = self.client()
-                api = client.responses if self._api == "responses" else client.chat.completions
-                raw = await api.with_raw_response.create(**self.body(request))
+                with self._pools().one() as client:
+                    raw = await client.post(path, body=self.body(request), cast_to=httpx2.Response)
         except Exception as error:
             fault = from_sdk(openai, error, self.refusable(), self.key)
         else:
@@ -88,19 +92,23 @@ class OpenAIProvider:
         self._optional.discard(parameter)
 
     async def aclose(self) -> None:
-        if self._client is not None:
-            await self._client.close()
-            self._client = None
+        if self._clients is not None:
+            await self._clients.aclose()
+            self._clients = None
 
     def client(self) -> Any:
-        """The SDK's client, made when it is first needed, without retries of its own."""
-        if self._client is None:
+        """One of the SDK's clients, without retries of its own."""
+        return self._pools().first
+
+    def _pools(self) -> Clients:
+        if self._clients is None:
             import openai
 
-            self._client = openai.AsyncOpenAI(
-                api_key=self.key, base_url=self.endpoint, max_retries=0, timeout=self.timeout_s
+            known = {"api_key": self.key, "base_url": self.endpoint, "max_retries": 0, "timeout": self.timeout_s}
+            self._clients = Clients(
+                openai.DefaultAsyncHttpxClient, lambda http: openai.AsyncOpenAI(**known, http_client=http)
             )
-        return self._client
+        return self._clients
 
     def body(self, request: Request) -> dict[str, Any]:
         """What is sent, in the words of the API that is asked."""
@@ -119,6 +127,8 @@ class OpenAIProvider:
         if "response_format" in self._optional:
             schema = {"name": request.schema_name, "schema": dict(request.schema), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if request.top_logprobs and "logprobs" in self._optional:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         return body
 
     def _messages(self, request: Request) -> list[dict[str, str]]:
@@ -138,6 +148,7 @@ def _answer(body: str, http_status: int, model: str) -> Answer:
     usage = completion.get("usage")
     details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
     refused = bool(message.get("refusal"))
+    logprobs = choices[0].get("logprobs")
     return Answer(
         text=str(message.get("refusal") if refused else message.get("content") or ""),
         input_tokens=count(usage, "prompt_tokens"),
@@ -147,4 +158,5 @@ def _answer(body: str, http_status: int, model: str) -> Answer:
         finish="refusal" if refused else _FINISH.get(str(choices[0].get("finish_reason")), "stop"),  # type: ignore[arg-type]
         model=str(completion.get("model") or model),
         http_status=http_status,
+        spoken=read_tokens(logprobs.get("content")) if isinstance(logprobs, dict) else (),
     )

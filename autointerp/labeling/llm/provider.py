@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from autointerp.errors import InputError
 from autointerp.labeling.base import LabelingSettings
 from autointerp.labeling.llm.faults import Retry, from_status
+from autointerp.labeling.llm.logprobs import Spoken
 from autointerp.labeling.llm.prices import Price, find_price
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Request:
     template_sha256: str
     turns: tuple[tuple[Literal["assistant", "user"], str], ...] = ()
     """What was said after `user`: an answer that did not fit the schema, and what was wrong with it."""
+    top_logprobs: int = 0
+    """So many of the most probable tokens are wanted in each place of the answer, where the server tells them."""
 
     def sha256(self, provider: Provider) -> str:
         """Identity of the question: two requests with one digest get one answer."""
@@ -50,6 +53,7 @@ class Request:
         ]
         parts += [self.max_output_tokens, self.template_sha256, self.turns]
         parts += [provider.parameters] if provider.parameters else []
+        parts += [self.top_logprobs] if self.top_logprobs else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prompt_sha256(self) -> str:
@@ -99,6 +103,8 @@ class Answer:
     model: str
     cache_write_tokens: int = 0
     http_status: int = 200
+    spoken: Sequence[Spoken] = ()
+    """Its tokens with their alternatives, where they were asked for and the server told them."""
 
 
 class Provider(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
+from autointerp.labeling.llm.logprobs import read_tokens
 from autointerp.labeling.llm.provider import Answer, Request, cache_key, count, decode, garbage
 
 
@@ -24,6 +25,8 @@ def body(model: str, request: Request, effort: str | None, optional: Collection[
     if "text.format" in optional:
         form = {"type": "json_schema", "name": request.schema_name, "schema": dict(request.schema), "strict": True}
         asked["text"] = {"format": form}
+    if request.top_logprobs and "logprobs" in optional:
+        asked |= {"include": ["message.output_text.logprobs"], "top_logprobs": request.top_logprobs}
     return asked
 
 
@@ -35,7 +38,8 @@ def answer(text: str, http_status: int, model: str) -> Answer:
         raise garbage("no output", http_status)
     parts = [part for item in output if isinstance(item, dict) for part in _parts(item)]
     refusals = [str(part.get("refusal") or "") for part in parts if part.get("type") == "refusal"]
-    texts = [str(part.get("text") or "") for part in parts if part.get("type") == "output_text"]
+    said = [part for part in parts if part.get("type") == "output_text"]
+    texts = [str(part.get("text") or "") for part in said]
     usage = response.get("usage")
     details = usage.get("input_tokens_details") if isinstance(usage, dict) else None
     return Answer(
@@ -47,6 +51,7 @@ def answer(text: str, http_status: int, model: str) -> Answer:
         finish="refusal" if refusals else _finish(response),
         model=str(response.get("model") or model),
         http_status=http_status,
+        spoken=tuple(token for part in said for token in read_tokens(part.get("logprobs"))),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
@@ -65,6 +66,10 @@ class Sender:
         self._stopped_by: ProviderError | None = None
         self._unanswered = 0
 
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Within, more questions are sure to come: nothing that could be sent with them need be sent without."""
+        return contextlib.nullcontext()
+
     async def aclose(self) -> None:
         """Nothing outlives its question here."""
 
@@ -92,6 +97,8 @@ class Sender:
             return await retrying(attempt)
         except Retry as fault:
             self._gave_up(fault)
+            if fault.settled is not None:
+                await fault.settled
             message = f"given up after {met.total()} attempts: {fault}"
             raise Terminal(message, http_status=fault.http_status) from None
 
@@ -102,6 +109,7 @@ class Sender:
         outcome: Answer | Fault = Fault("cancelled", billable=True)
         try:
             await self._ledger.enter(leave.entry, sha256, latent, purpose, attempt)
+            self._limits.sent(leave.grant)
             try:
                 outcome = await self._provider.complete(request)
             except Fault as fault:
@@ -113,6 +121,9 @@ class Sender:
             self.slots.release()
         if isinstance(outcome, Answer):
             return outcome, settled
+        if isinstance(outcome, Retry):
+            outcome.settled = settled  # the next attempt need not wait for it: it has a commit of its own
+            raise outcome
         await settled
         if self._stopped_by and isinstance(outcome, Stop):
             raise self._stopped_by

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from autointerp.labeling.base import LabelingSettings
 from autointerp.labeling.llm.engine import Engine
 from autointerp.labeling.llm.faults import Terminal
+from autointerp.labeling.llm.logprobs import Spoken
 from autointerp.labeling.llm.provider import Planned, Request
 from autointerp.labeling.prompts import Prompts
 from autointerp.labeling.scoring.intervals import Estimate
@@ -18,9 +20,11 @@ from autointerp.records import Label, LatentEvidence, Score
 
 E = TypeVar("E")
 A = TypeVar("A")
+T = TypeVar("T")
 
 UNTESTABLE = ("no clear pattern", "no simple rule found")
 """Labels that claim nothing: asking about them would buy noise."""
+LOOKS_IN_BATCHES = 2
 
 
 class JudgedScorer(ABC, Generic[E, A]):
@@ -44,6 +48,7 @@ class JudgedScorer(ABC, Generic[E, A]):
         self._engine = engine
         self._prompts = Prompts(settings.prompts_dir)
         self._seed = settings.seed
+        self._batch = settings.batch
 
     @staticmethod
     @abstractmethod
@@ -61,6 +66,11 @@ class JudgedScorer(ABC, Generic[E, A]):
         """One answer for each example of the batch, None where there is none. ValueError when it answers nothing."""
 
     @staticmethod
+    def weigh(answers: Sequence[A | None], spoken: Sequence[Spoken], batch: Sequence[E]) -> list[A | None]:
+        """The answers in the light of what else could have been said; `spoken` is empty where that is not known."""
+        return list(answers)
+
+    @staticmethod
     @abstractmethod
     def measure(examples: Sequence[E], answers: Sequence[A | None], z: float) -> Estimate | None:
         """The score over the answered examples."""
@@ -71,18 +81,23 @@ class JudgedScorer(ABC, Generic[E, A]):
         return label.status in ("ok", "known") and bool(label.label) and label.label not in UNTESTABLE
 
     @classmethod
-    def looks(cls, evidence: LatentEvidence, seed: int) -> list[list[E]]:
-        """The examples by look; what is left over after the last planned look is not bought."""
-        return chunks(cls.examples(evidence, seed), cls.per_look)[: len(POCOCK)]
+    def looks(cls, evidence: LatentEvidence, seed: int, batch: bool = False) -> list[list[E]]:
+        """The examples by look; what is left over after the last planned look is not bought.
+
+        In batches, where each look may take a day, looks are drawn together into at most LOOKS_IN_BATCHES.
+        """
+        looks = chunks(cls.examples(evidence, seed), cls.per_look)[: len(POCOCK)]
+        together = math.ceil(len(looks) / LOOKS_IN_BATCHES) if batch else 1
+        return [[example for look in some for example in look] for some in chunks(looks, max(1, together))]
 
     @classmethod
-    def plan(cls, prompts: Prompts, evidence: LatentEvidence) -> list[Planned]:
+    def plan(cls, prompts: Prompts, evidence: LatentEvidence, batch: bool = False) -> list[Planned]:
         """The questions that `score` would ask of a label and of a wrong one, for an estimate."""
         stand_in = Label(evidence.latent, "", "ok", "x" * 40, "x" * 160, "x" * 100)
         planned: list[Planned] = []
-        for number, look in enumerate(cls.looks(evidence, 0)):
-            for batch in chunks(look, cls.per_call):
-                request = cls.request(prompts, stand_in, batch)
+        for number, look in enumerate(cls.looks(evidence, 0, batch)):
+            for examples in chunks(look, cls.per_call):
+                request = cls.request(prompts, stand_in, examples)
                 # Later looks come only while nothing is decided, the wrong label where the labels leave one.
                 for certain in (number == 0, False):
                     planned.append(Planned(request, cls.typical_output_tokens, certain))
@@ -90,7 +105,7 @@ class JudgedScorer(ABC, Generic[E, A]):
 
     async def score(self, evidence: LatentEvidence, label: Label, wrong: Label | None) -> Score:
         """Raises what stops every other question too: BudgetError, ProviderError, Interrupted, StoreError."""
-        looks = self.looks(evidence, self._seed) if self.claims(label) else []
+        looks = self.looks(evidence, self._seed, self._batch) if self.claims(label) else []
         if not looks:
             return Score(label.latent, label.labeler, self.name, None, None, None, None, 0, 0)
 
@@ -127,10 +142,10 @@ class JudgedScorer(ABC, Generic[E, A]):
             )
         except Terminal:
             return [None] * len(batch)  # `calls` has the reason
-        return aligned(reply.value, len(batch))
+        return self.weigh(aligned(reply.value, len(batch)), reply.spoken, batch)
 
 
-def chunks(items: Sequence[E], n: int) -> list[list[E]]:
+def chunks(items: Sequence[T], n: int) -> list[list[T]]:
     """Runs of at most `n` of them, in order."""
     return [list(items[i : i + n]) for i in range(0, len(items), n)]
 
