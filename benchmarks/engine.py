@@ -191,8 +191,8 @@ def spread(values: Sequence[float], form: str) -> str:
 HEAD = """# How fast the engine asks
 
 A loopback server in a process of its own, real time; the real SDK, ledger and store. Median of {repeats} runs
-(smallest – largest) on {cpus} CPUs at a load average of {load:.0f}. CPU is the process time of the client alone, with its threads, after a first
-row has loaded what is loaded once.
+(smallest – largest) on {cpus} CPUs at a load average of {load:.0f}. CPU is the process time of the client alone, with
+its threads, after a first row has loaded what is loaded once.
 
 The ideal time is when the last request may arrive at the earliest while no window of 60 s, wherever it begins,
 holds more than the limit. Violations are requests on whose arrival the last 60 s hold more, in all runs together.
