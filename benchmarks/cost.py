@@ -108,7 +108,7 @@ def measure(folder: Path) -> list[str]:
     assert price is not None
     db, since, label_usd = folder / "store.duckdb", 0, 0.0
     for scorer in SCORERS:
-        job = make_job(ORGANISM, labeler=f"openai:{MODEL}", scorer=scorer, db=db)
+        job = make_job(ORGANISM, labeler=f"openai:{MODEL}", scorer=scorer, db=db, ask_all=True)
         results = asyncio.run(alabel(job))
         with Store.open(db, "read") as store:
             k = len(store.selected(results.run_id))
@@ -146,9 +146,11 @@ def main() -> None:
     head = [
         "# What a label and a scored label cost",
         "",
-        f"The demo's latents, {MODEL} at its listed price ($.10 / $.50 a million tokens), unbatched, nothing cached;",
-        "tokens by cl100k_base, dollars by the ledger. A scored label is the label, its score and the wrong label's.",
-        "The stand-in labels share one effect, so contrast is without its wrong label (about twice its score with it).",
+        f"The demo's latents, known ones too, {MODEL} at its listed price ($.10 / $.50 a million tokens), one by one,",
+        "nothing cached; tokens by cl100k_base, dollars by the ledger. A scored label is the label, its score and the",
+        "wrong label's. The stand-in labels share one effect, so contrast is without its wrong label (about twice its",
+        "score with it). The server tells no probabilities, which are not billed. In a batch, where larger looks are",
+        "bought, it is half of the last column at most.",
         "Published figures: explanation 963 + 30 tokens, detection 778 + 12 for five examples.",
         "",
         "| for each latent | calls | input tokens | output tokens | examples | $ a (scored) label |"
