@@ -149,7 +149,7 @@ class Rate:
 
 LIMITS = (
     (f"{RPM} requests a minute", 3 * RPM + 1, RPM, None),
-    (f"{TPM:,} tokens a minute", 765, None, TPM),
+    (f"{TPM:,} tokens a minute", 780, None, TPM),
     (f"both: {RPM} requests and {2 * TPM:,} tokens a minute", 1530, RPM, 2 * TPM),
 )
 """(name, questions: three minutes' worth and a few, requests, tokens)."""
