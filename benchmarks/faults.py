@@ -239,9 +239,9 @@ KILLS = """
 ## kill −9
 
 `autointerp label --top {k} --concurrency {concurrency}` in a process of its own on a tiny model, from nothing; killed
-at random moments, every fifth time while it starts, then resumed to its end. A repeat is a request that had arrived
-before; in flight are the calls that were under way at the kills. What was committed was neither lost nor asked again.
-`python -m benchmarks.faults kills --kills {n} --seed {seed}`
+at random moments, every fifth time in its first six seconds, then resumed to its end. A repeat is a request that had
+arrived before; in flight are the calls that were under way at the kills. What was committed was neither lost nor
+asked again. `python -m benchmarks.faults kills --kills {n} --seed {seed}`
 """
 
 SECTIONS = ("calls", "scenes", "mixture", "kills")

@@ -18,7 +18,7 @@ PATIENCE_S = 180.0
 STARTING_S = 6.0
 """About what the command takes before it asks its first question."""
 MOMENT_S = 0.05
-MOST_REQUESTS = 24
+MOST_REQUESTS = 18
 
 
 @contextmanager
@@ -66,14 +66,15 @@ def left(world: World) -> Left:
 
 
 def kill(world: World, server: Serving, draw: random.Random, early: bool, **options: Any) -> Left:
-    """Starts the command and kills it: while it starts if `early`, else some requests later, and a moment more."""
-    n, wait_s = len(server.requests), draw.uniform(0, STARTING_S)
+    """Starts the command and kills it some requests later, or while it starts if `early`, and a moment more."""
+    n, latest_s = len(server.requests), draw.uniform(0, STARTING_S) if early else PATIENCE_S
     goal = n + draw.randrange(1, MOST_REQUESTS + 1)
+    latest = time.monotonic() + latest_s
     with labelling(world, **options) as child:
-        if not early:
-            wait_until(lambda: len(server.requests) >= goal or child.poll() is not None, "requests")
-            wait_s = draw.uniform(0, MOMENT_S)
-        time.sleep(wait_s)
+        wait_until(
+            lambda: len(server.requests) >= goal or child.poll() is not None or time.monotonic() > latest, "asked"
+        )
+        time.sleep(draw.uniform(0, MOMENT_S))
         assert child.poll() is None, "the command had come to its end"
         child.kill()
         child.communicate()
