@@ -194,10 +194,10 @@ def test_the_folder_below_is_named(tmp_path: Path) -> None:
         load_dictionary(tmp_path)
 
 
-def test_transcoders_are_refused(tmp_path: Path) -> None:
+def test_transcoders_that_do_not_say_where_they_read_are_refused(tmp_path: Path) -> None:
     sae_class, config_class = SAE_CLASS_REGISTRY["transcoder"]
     sae_class(config_class(d_in=D, d_sae=M, d_out=D, apply_b_dec_to_input=False)).save_model(tmp_path)  # type: ignore[call-arg]
-    with pytest.raises(InputError, match=r"is a transcoder: .*writes at another hook"):
+    with pytest.raises(InputError, match=r"no hook_name and hook_name_out: say in it where"):
         load_dictionary(tmp_path)
 
 
