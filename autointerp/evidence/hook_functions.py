@@ -27,15 +27,15 @@ class Network(OnLatents):
     def __init__(self, dictionary: Dictionary, maps: Sequence[Map]):
         """The first map takes m latents, the last gives m and has no ReLU behind it."""
         super().__init__(dictionary)
-        weight, bias, _ = maps[-1]
+        self.maps = [(weight.float(), bias.float(), relu) for weight, bias, relu in maps]
+        weight, bias, _ = self.maps[-1]
         # The last map and the decoder are one map: no token needs the m outputs in between.
-        self.register_buffer("_to_stream", weight.float().T @ self.W_dec)
-        self.register_buffer("_bias_in_stream", bias.float() @ self.W_dec)
-        self._maps = [(weight.float(), bias.float(), relu) for weight, bias, relu in maps[:-1]]
+        self.register_buffer("_to_stream", weight.T @ self.W_dec)
+        self.register_buffer("_bias_in_stream", bias @ self.W_dec)
 
     def write(self, x: Tensor) -> Tensor:
         hidden = self.dictionary.encode(x)
-        for weight, bias, relu in self._maps:
+        for weight, bias, relu in self.maps[:-1]:
             hidden = torch.addmm(bias, hidden, weight.T)
             hidden = hidden.relu_() if relu else hidden
         return torch.addmm(self._bias_in_stream, hidden, self._to_stream)

@@ -1,4 +1,5 @@
-"""Adapters of `autointerp.adapters` read by their weights alone, in the latents of the dictionary that they act on.
+"""Adapters of `autointerp.adapters` read by their weights alone, in the latents of the dictionary that they act on;
+those of other libraries in `inserted_weights`.
 
 Unlike a weight matrix of the model, which touches every direction of the stream, these have weights of their own for
 each latent, or act on the very stream that the dictionary decomposes: what they read and write there is exact. The
@@ -22,7 +23,7 @@ from autointerp.evidence.adapters import local_folder
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.directions import InMemory
 from autointerp.evidence.energy import Energy, standardise
-from autointerp.evidence.hookpoints import resolve
+from autointerp.evidence.hookpoints import HookPoint, resolve
 from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.units import Component, describe, network_rows, strongest
@@ -76,34 +77,44 @@ class LatentReading:
 def read_latents(run: Run, dictionary: Dictionary, mean: Tensor | None = None) -> LatentReading:
     """What the adapter of `run`, whose hook is known, does to each latent. mean: E[z] [m], from a corpus if there is
     one. InputError, in one line, where it acts on another dictionary's latents or at another place."""
+    if run.adapter_format != "sae_adapter":
+        from autointerp.evidence.inserted_weights import read_inserted
+
+        return read_inserted(run, dictionary, mean)
     folder = local_folder(run.adapter)
     said, base = read_json(folder / "sae_adapter.json", "adapter"), BaseWeights.at(run.base)
-    if _place(said["hook"], base) != _place(run.hook or "", base):
+    if place_of(said["hook"], base) != place_of(run.hook or "", base):
         raise InputError(
             f"adapter {folder} acts at {said['hook']}, its weights do not say what it does at {run.hook}: give a --sae"
             f" for that place, or use --selector change, which runs the models over a corpus"
         )
     adapter = adapters.load(folder, dictionary)
-    W_dec = dictionary.W_dec.float().cpu()
-    if vars(adapter)["d"] != W_dec.shape[1]:
+    if vars(adapter)["d"] != dictionary.W_dec.shape[1]:
         raise InputError(
-            f"adapter {folder} acts on activations of width {vars(adapter)['d']}, the SAE has d_in {W_dec.shape[1]}:"
-            " give --sae one for its base"
+            f"adapter {folder} acts on activations of width {vars(adapter)['d']}, the SAE has d_in"
+            f" {dictionary.W_dec.shape[1]}: give --sae one for its base"
         )
-    reading = _read(adapter.cpu(), dictionary, W_dec, mean)
-    return reading if adapter.has_effect() else replace(reading, note="changes nothing: what it writes is all zero")
+    reading = read_adapter(adapter.cpu(), dictionary, mean)
+    return reading if adapter.has_effect() else without_effect(reading)
 
 
-def _read(adapter: adapters.HookAdapter, dictionary: Dictionary, W_dec: Tensor, mean: Tensor | None) -> LatentReading:
+def without_effect(reading: LatentReading) -> LatentReading:
+    """That of an adapter that was not trained."""
+    return replace(reading, note="changes nothing: what it writes is all zero")
+
+
+def read_adapter(adapter: adapters.HookAdapter, dictionary: Dictionary, mean: Tensor | None) -> LatentReading:
+    """What one of our own modules does to each latent; see `read_latents`."""
+    W_dec = dictionary.W_dec.float().cpu()
     match adapter:
         case adapters.Bias():
             return _read_bias(adapter, W_dec)
         case adapters.Scaling():
             return _read_scaling(adapter, W_dec, mean)
         case adapters.Ffnn():
-            return _read_network(adapter, W_dec)
+            return _read_network(adapter.W_in, adapter.b_in, adapter.W_out, W_dec, adapter.activation)
         case adapters.LowRank():
-            return _read_low_rank(adapter, W_dec)
+            return _read_low_rank(adapter.W_in, adapter.W_out, W_dec)
         case adapters.SparseLinear():
             return _read_sparse(adapter, W_dec)
         case adapters.Residual():
@@ -128,25 +139,64 @@ def _read_scaling(adapter: adapters.Scaling, W_dec: Tensor, mean: Tensor | None)
     return LatentReading(scores, note, columns={"gain": adapter.scale.double().numpy()})
 
 
-def _read_network(adapter: adapters.Ffnn, W_dec: Tensor) -> LatentReading:
-    W1, b1 = adapter.W_in, adapter.b_in
-    W2 = adapter.W_out * W_dec.norm(dim=1)[:, None]  # what is written, in lengths of the stream
-    if adapter.activation == "tanh":  # odd: the sign of a unit says nothing
+def read_chain(maps: Sequence[tuple[Tensor, Tensor, bool]], W_dec: Tensor) -> LatentReading:
+    """Of z + a chain of linear maps of z: (weight [out, in], bias [out], whether a ReLU follows) each, no ReLU behind
+    the last. InputError for more than one hidden layer."""
+    (W1, b1, relu), *others = maps
+    if not others:
+        return _read_matrix(W1, W_dec)
+    if len(others) > 1:
+        raise InputError(
+            f"an adapter of {len(maps)} linear maps, one behind the other, does not say by its weights what it does to"
+            " each latent: use --selector change, which runs the models over a corpus"
+        )
+    W2 = others[0][0]
+    return _read_network(W1, b1, W2, W_dec, "relu") if relu else _read_low_rank(W1, W2, W_dec)
+
+
+def _read_matrix(weight: Tensor, W_dec: Tensor) -> LatentReading:
+    """Of z + W z, W [m, m]."""
+    written = weight * W_dec.norm(dim=1)[:, None]
+    sides = pullback.Sides(written.norm(dim=0), written.norm(dim=1))
+    gain = weight.diagonal().double().numpy()
+    note = "a linear map between latents"
+    return LatentReading(scores_of(sides), note, columns={"gain": gain}, row=lambda latent: weight[:, latent].clone())
+
+
+def _read_network(W1: Tensor, b1: Tensor, W_out: Tensor, W_dec: Tensor, activation: str) -> LatentReading:
+    W2 = W_out * W_dec.norm(dim=1)[:, None]  # what is written, in lengths of the stream
+    if activation == "tanh":  # odd: the sign of a unit says nothing
         sign = W1.gather(1, W1.abs().argmax(1, keepdim=True)).sign()
         W1, b1, W2 = W1 * sign, b1 * sign[:, 0], W2 * sign[:, 0]
     sizes_in, sizes_out = torch.cat([W1, b1[:, None]], 1).norm(dim=1), W2.norm(dim=0)
     kept = strongest(sizes_in * sizes_out)
     units = network_rows((W1 * sizes_out[:, None])[kept], (W2 * sizes_in).T[kept], kept)
-    return LatentReading(scores_of(pullback.network_sides(W1, b1, W2)), _network_note(adapter, b1), units)
+    return LatentReading(scores_of(pullback.network_sides(W1, b1, W2)), _network_note(b1, activation), units)
 
 
-def _read_low_rank(adapter: adapters.LowRank, W_dec: Tensor) -> LatentReading:
-    down, up = adapter.W_in, adapter.W_out
+def _read_low_rank(down: Tensor, up: Tensor, W_dec: Tensor) -> LatentReading:
     sides = pullback.linear_sides(down, up * W_dec.norm(dim=1)[:, None])
     gain = (up * down.T).sum(1).double().numpy()
     note = f"a linear map of rank {len(down)} between latents"
     units = network_rows(*linear_units(down, up, W_dec), name="component")
     return LatentReading(scores_of(sides), note, units, {"gain": gain}, lambda latent: up @ down[:, latent])
+
+
+def signed_components(down: Tensor, up: Tensor, W_dec: Tensor) -> list[Component]:
+    """The singular directions of x + up(down x) on the stream, largest first, down [r, d], up [d, r]; the latent that
+    each reads most is read positively."""
+    Q_in, R_in = torch.linalg.qr(down.double().T)
+    Q_out, R_out = torch.linalg.qr(up.double())
+    U, S, Vh = torch.linalg.svd(R_out @ R_in.T)
+    found: list[Component] = []
+    for place, k in enumerate((S.max().clamp_min(1e-30) * MIN_SIZE < S).nonzero()[:, 0].tolist()):
+        read, written = (Q_in @ Vh[k] * S[k]).float(), (Q_out @ U[:, k] * S[k]).float()
+        answers = W_dec @ read
+        sign = float(answers[answers.abs().argmax()].sign()) or 1.0
+        name = f"component {place}"
+        found.append(Component(name, "reads", sign * read, place, signed=True))
+        found.append(Component(name, "writes", sign * written, place, signed=True))
+    return found
 
 
 def linear_units(down: Tensor, up: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,14 +254,16 @@ def _read_residual(adapter: adapters.Residual, dictionary: Dictionary) -> Latent
     ]
     at_rest = W_in @ dictionary.b_dec.float().cpu() + b_in
     return LatentReading(
-        score(Change(writes, reads), directions), _network_note(adapter, at_rest), describe(components, directions)
+        score(Change(writes, reads), directions),
+        _network_note(at_rest, adapter.activation),
+        describe(components, directions),
     )
 
 
-def _network_note(adapter: adapters.Ffnn | adapters.Residual, at_rest: Tensor) -> str:
+def _network_note(at_rest: Tensor, activation: str) -> str:
     """at_rest [h]: pre-activations where no latent fires."""
     on = int((at_rest > 0).sum())
-    return f"{adapter.hidden} hidden units ({adapter.activation}), {on} of them driven where no latent fires"
+    return f"{len(at_rest)} hidden units ({activation}), {on} of them driven where no latent fires"
 
 
 def scores_of(sides: pullback.Sides) -> WeightScores:
@@ -233,13 +285,16 @@ def scores_of(sides: pullback.Sides) -> WeightScores:
     return better_side(found[0], found[1])
 
 
-def _place(hook: str, base: BaseWeights | None) -> tuple[str, str] | str:
+def place_of(hook: str | HookPoint, base: BaseWeights | None = None) -> tuple[str, str] | str:
     """The place in the model that a hook names: the stream between two blocks has two names, or more with a base."""
-    if base is not None:
+    if isinstance(hook, HookPoint):
+        point = hook
+    elif base is None:
+        match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook)
+        return f"blocks.{int(match[1]) - 1}.hook_resid_post" if match and int(match[1]) > 0 else hook
+    else:
         point = resolve(hook, base.config)
-        block = re.fullmatch(r"(.+\.)(\d+)", point.module_path)
-        if point.where == "input" and point.on_stream and block and int(block[2]) > 0:
-            return f"{block[1]}{int(block[2]) - 1}", "output"
-        return point.module_path, point.where
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", hook)
-    return f"blocks.{int(match[1]) - 1}.hook_resid_post" if match and int(match[1]) > 0 else hook
+    block = re.fullmatch(r"(.+\.)(\d+)", point.module_path)
+    if point.where == "input" and point.on_stream and block and int(block[2]) > 0:
+        return f"{block[1]}{int(block[2]) - 1}", "output"
+    return point.module_path, point.where

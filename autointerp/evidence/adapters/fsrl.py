@@ -50,6 +50,7 @@ class FsrlFormat(InsertingFormat):
     """`fsrl_adapter_config.json` and `adapter_weights.safetensors`."""
 
     name = "fsrl"
+    on_latents = True
 
     def matches(self, path: Path) -> bool:
         return any(file.is_file() for file in self.files(path))

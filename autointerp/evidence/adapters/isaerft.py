@@ -41,6 +41,7 @@ class IsaerftFormat(InsertingFormat):
     `checkpoint-N` of the trainer may hold the .pt files alone, its config above it."""
 
     name = "isaerft"
+    on_latents = True
 
     def matches(self, path: Path) -> bool:
         named = any(_BLOCK.fullmatch(file.name) for file in path.iterdir())

@@ -37,6 +37,7 @@ class PyreftFormat(InsertingFormat):
     """`intkey_….bin` for each intervention, and pyvene's `config.json`."""
 
     name = "pyreft"
+    on_latents = True
 
     def matches(self, path: Path) -> bool:
         return any(_home(path).glob("intkey*.bin"))

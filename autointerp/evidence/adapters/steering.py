@@ -38,6 +38,7 @@ class SteeringFormat(InsertingFormat):
     """One file of vectors."""
 
     name = "steering"
+    on_latents = True
     generic = True
 
     def matches(self, path: Path) -> bool:
