@@ -32,29 +32,28 @@ BATCH = 4
 """Windows of a training step."""
 
 
-def train(n_latents: int, steps: int, folder: Path) -> Path:
-    """The SAE's folder; trained unless it is there."""
-    out = folder / f"sae-{n_latents}-{steps}"
-    if not out.exists():
-        from autointerp.demo import ORGANISM, dictionary, language_model
-        from autointerp.demo.text import library_documents
-        from autointerp.demo.train import training_text
+def train(sae: str, n_latents: int, steps: int) -> None:
+    """Trains the SAE into its folder, unless it is there."""
+    if Path(sae).exists():
+        return
+    from autointerp.demo import ORGANISM, dictionary, language_model
+    from autointerp.demo.text import library_documents
+    from autointerp.demo.train import training_text
 
-        windows = language_model.windows_of(training_text(library_documents()), ORGANISM / "model")
-        model = language_model.load_base(ORGANISM / "model")
-        dictionary.train_sae(model, windows, steps, BATCH, 0, out, n_latents)
-    return out
+    windows = language_model.windows_of(training_text(library_documents()), ORGANISM / "model")
+    model = language_model.load_base(ORGANISM / "model")
+    dictionary.train_sae(model, windows, steps, BATCH, 0, Path(sae), n_latents)
 
 
-def settings(sae: Path, tokens: int) -> dict[str, object]:
+def settings(sae: str, tokens: int) -> dict[str, object]:
     """What `Run.load` needs."""
     from autointerp.demo import ORGANISM
 
-    return {"path": str(ORGANISM), "sae": str(sae), "max_tokens": tokens, "device": "cpu"}
+    return {"path": str(ORGANISM), "sae": sae, "max_tokens": tokens, "device": "cpu"}
 
 
-def compare(sae: Path, tokens: int) -> str:
-    """A row of the table: the map of screened latents beside the map of all that fire."""
+def compare(sae: str, tokens: int) -> None:
+    """Prints a row of the table: the map of screened latents beside the map of all that fire."""
     from autointerp.evidence.fitted import FittedMap
     from autointerp.evidence.screening import MAX_TRACKED, Screen
     from autointerp.run import Run
@@ -82,19 +81,19 @@ def compare(sae: Path, tokens: int) -> str:
     (n_all, all_, r2_all, seconds_all), (n_few, few, r2_few, seconds_few) = cells
     fvu, _ = recording.measured.statistics.stream.fvu(recording.measured.statistics.n_tokens)
     recording.measured.spool.close()
-    return (
+    print(
         f"| {m:,} | {fvu:.3f} | {n_all:,} | {all_:.3f} | {r2_all:.3f} | {n_few:,} | {few:.3f} | {r2_few:.3f}"
         f" | **{few - all_:+.3f}** | {screen.left_out:.2f} | {seconds_few / seconds_all:.2f} |"
     )
 
 
-def selection(flags: dict[str, str]) -> None:
+def selection(sae: str, tokens: int) -> None:
     """Runs the tool's own selection and prints what it took, as a row."""
     from autointerp.evidence.gather import Evidence
     from autointerp.run import Run
 
     begin = time.perf_counter()
-    with Evidence.load(Run.load(**flags)) as evidence:  # pyright: ignore[reportArgumentType]
+    with Evidence.load(Run.load(**settings(sae, tokens))) as evidence:  # pyright: ignore[reportArgumentType]
         loaded = _peak()
         chosen, _ = evidence.select(lambda _n: None)
     figures = chosen.figures
@@ -121,11 +120,15 @@ def main() -> None:
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return selection(args.child)
+        step, given = args.child
+        return STEPS[step](**given)
     with tempfile.TemporaryDirectory() as folder:
-        saes = [train(n, args.steps, args.saes or Path(folder)) for n in args.latents]
-        rows = [compare(sae, args.tokens) for sae in saes]
-        taken = [_in_a_fresh_process(settings(sae, args.tokens)) for sae in saes]
+        rows, taken = [], []
+        for n in args.latents:
+            sae = str((args.saes or Path(folder)) / f"sae-{n}-{args.steps}")
+            _in_a_fresh_process("train", sae=sae, n_latents=n, steps=args.steps)
+            rows.append(_in_a_fresh_process("compare", sae=sae, tokens=args.tokens))
+            taken.append(_in_a_fresh_process("selection", sae=sae, tokens=args.tokens))
     from benchmarks.planting import publish
 
     sizes = " ".join(map(str, args.latents))
@@ -155,10 +158,14 @@ A fresh process each; the second figure of memory is the process with model, dic
     )
 
 
-def _in_a_fresh_process(flags: dict[str, object]) -> str:
-    child = [sys.executable, "-m", "benchmarks.screening", "--child", json.dumps(flags)]
-    return subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+def _in_a_fresh_process(step: str, **given: object) -> str:
+    """What the step prints last. Nothing large happens in this process: a child's peak begins with its parent's."""
+    child = [sys.executable, "-m", "benchmarks.screening", "--child", json.dumps([step, given])]
+    printed = subprocess.run(child, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return printed.rpartition("\n")[2]
 
+
+STEPS = {"train": train, "compare": compare, "selection": selection}
 
 if __name__ == "__main__":
     main()
