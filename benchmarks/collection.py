@@ -311,15 +311,15 @@ def memory(name: str, folder: Path, sizes: list[int]) -> None:
 
 def _child(flags: dict[str, Any]) -> None:
     loaded = Loaded.load(flags)
-    before = _peak()
+    before = peak_mb()
     timing = loaded.whole()
     print(
-        f"| {flags['max_tokens']:,} | {before:.0f} MB | **{_peak():.0f} MB** | {timing.disk / 1e6:.0f} MB"
+        f"| {flags['max_tokens']:,} | {before:.0f} MB | **{peak_mb():.0f} MB** | {timing.disk / 1e6:.0f} MB"
         f" | {timing.whole:.0f} s |"
     )
 
 
-def _peak() -> float:
+def peak_mb() -> float:
     """Peak resident memory of this process so far, MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)

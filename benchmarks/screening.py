@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks.collection import peak_mb
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -94,20 +95,14 @@ def selection(sae: str, tokens: int) -> None:
 
     begin = time.perf_counter()
     with Evidence.load(Run.load(**settings(sae, tokens))) as evidence:  # pyright: ignore[reportArgumentType]
-        loaded = _peak()
+        loaded = peak_mb()
         chosen, _ = evidence.select(lambda _n: None)
     figures = chosen.figures
     print(
         f"| {evidence.dictionary.d_sae:,} | {figures['n_tokens']:,} | {len(chosen.latents)} | {figures['coverage']:.3f}"
-        f" | {figures['random_coverage']:.3f} | {loaded:.0f} MB | **{_peak():.0f} MB** |"
+        f" | {figures['random_coverage']:.3f} | {loaded:.0f} MB | **{peak_mb():.0f} MB** |"
         f" {time.perf_counter() - begin:.0f} |"
     )
-
-
-def _peak() -> float:
-    """Peak resident memory of this process so far, MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from autointerp.evidence.hookpoints import HookPoint
 
@@ -17,17 +18,21 @@ Patch = Callable[[Tensor], Tensor]
 @contextmanager
 def patched(model: nn.Module, point: HookPoint, patch: Patch) -> Iterator[None]:
     """While the block lasts, what is at `point` of the model is replaced by `patch` of it."""
-    module = model.get_submodule(point.module_path)
-    if point.where == "input" and point.reads:  # within a block: the skip connection takes what the norm takes
-        handle = module.register_forward_pre_hook(in_place(patch), with_kwargs=True)
-    elif point.where == "input":
-        handle = module.register_forward_pre_hook(at_input(patch), with_kwargs=True)
-    else:
-        handle = module.register_forward_hook(at_output(patch))
+    handle = register(model, point, patch)
     try:
         yield
     finally:
         handle.remove()
+
+
+def register(model: nn.Module, point: HookPoint, patch: Patch) -> RemovableHandle:
+    """As `patched`, until the handle's `remove` is called."""
+    module = model.get_submodule(point.module_path)
+    if point.where == "output":
+        return module.register_forward_hook(at_output(patch))
+    # Within a block the skip connection takes what the norm takes.
+    hook = in_place(patch) if point.reads else at_input(patch)
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def at_output(patch: Patch) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from autointerp.evidence.change_map import RIDGE, explained_energy, solved
 from autointerp.evidence.corpus import Batch, Corpus, fit_rows
 from autointerp.evidence.dictionaries.base import Dictionary
-from autointerp.evidence.fitted import MIN_SIZE
+from autointerp.evidence.fitted import MIN_VARYING
 from autointerp.evidence.paired import PairedModel
 from autointerp.evidence.parallel import in_order, tokens_per_batch
 from autointerp.evidence.stream import ENCODE_ROWS, OUTLIER, to_codes
@@ -180,7 +180,7 @@ class Sample:
         rows = solved(G.sum(0), B.sum(0), self.shrink * n)
         gain = (rows * self.directions).sum(1) / self.directions.square().sum(1).clamp_min(1e-30)
         coverage, square = None, float(sums.square.sum())
-        if self.n.all() and min(energy) > MIN_SIZE**2 * square:
+        if self.n.all() and min(energy) > MIN_VARYING * square:
             fitted = solved(G[0], B[0], self.shrink * float(self.n[0]))
             coverage = explained_energy(G[1], B[1], fitted) / energy[1]
         return Reading(

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from autointerp.errors import InputError
-from autointerp.evidence.at_hook import at_input, at_output, in_place
+from autointerp.evidence.at_hook import at_output, register
 from autointerp.evidence.hookpoints import MID, HookPoint, Layout
 from autointerp.evidence.model_pair import Evaluation, ModelPair
 
@@ -63,9 +63,6 @@ class HookedPair(ModelPair):
     def models(self) -> tuple[PreTrainedModel, ...]:
         return (self._model,)
 
-    def bare(self) -> PreTrainedModel:
-        return copy.deepcopy(self._model, self.shared_tensors())
-
     def replica(self) -> Self:
         return copy.deepcopy(self, self.shared_tensors() | {id(self._insertions): self._insertions})
 
@@ -92,16 +89,13 @@ def inserted(model: PreTrainedModel, insertions: Sequence[Insertion]) -> Iterato
 
 def insert(model: PreTrainedModel, insertion: Insertion, layout: Layout | None = None) -> RemovableHandle:
     """Puts a function into the model until the handle's `remove` is called. InputError where it never fits."""
-    point, function, layout = insertion.point, insertion.function, layout or Layout.of(model)
-    if point.where == "output":
-        return model.get_submodule(point.module_path).register_forward_hook(at_output(function))
-    if point.module_path == f"{layout.blocks}.{point.layer}":
-        if point.layer > 0:  # the stream between two blocks is one place, whichever of its names was given
-            return model.get_submodule(f"{layout.blocks}.{point.layer - 1}").register_forward_hook(at_output(function))
-        block = model.get_submodule(point.module_path)
-        return block.register_forward_pre_hook(at_input(function), with_kwargs=True)
-    norm = model.get_submodule(point.module_path)
-    return norm.register_forward_pre_hook(in_place(function), with_kwargs=True)
+    point, layout = insertion.point, layout or Layout.of(model)
+    block = f"{layout.blocks}.{point.layer}"
+    if point.where == "input" and point.module_path == block and point.layer > 0:
+        # The stream between two blocks is one place, whichever of its names was given.
+        before = model.get_submodule(f"{layout.blocks}.{point.layer - 1}")
+        return before.register_forward_hook(at_output(insertion.function))
+    return register(model, point, insertion.function)
 
 
 def stream_after(layout: Layout, layer: int) -> HookPoint:

@@ -29,11 +29,12 @@ from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.units import Component, describe, network_rows, strongest
 from autointerp.evidence.weight_files import read_json
 from autointerp.evidence.weights_only import Change, WeightScores, better_side, rank, score
-from autointerp.records import Role, Unit, Write, WriteKind
+from autointerp.records import Role, Unit, UnitSide, Write, WriteKind
 from autointerp.run import Run
 
 N_TARGETS = 6
 """Latents kept of those that a latent raises, and of those that it lowers."""
+SIDES: tuple[UnitSide, UnitSide] = ("reads", "writes")
 MIN_SIZE = 1e-5
 """Of a component, beside the largest: below it lies rounding."""
 
@@ -185,18 +186,15 @@ def _read_low_rank(down: Tensor, up: Tensor, W_dec: Tensor) -> LatentReading:
 def signed_components(down: Tensor, up: Tensor, W_dec: Tensor) -> list[Component]:
     """The singular directions of x + up(down x) on the stream, largest first, down [r, d], up [d, r]; the latent that
     each reads most is read positively."""
-    Q_in, R_in = torch.linalg.qr(down.double().T)
-    Q_out, R_out = torch.linalg.qr(up.double())
-    U, S, Vh = torch.linalg.svd(R_out @ R_in.T)
-    found: list[Component] = []
-    for place, k in enumerate((S.max().clamp_min(1e-30) * MIN_SIZE < S).nonzero()[:, 0].tolist()):
-        read, written = (Q_in @ Vh[k] * S[k]).float(), (Q_out @ U[:, k] * S[k]).float()
-        answers = W_dec @ read
-        sign = float(answers[answers.abs().argmax()].sign()) or 1.0
-        name = f"component {place}"
-        found.append(Component(name, "reads", sign * read, place, signed=True))
-        found.append(Component(name, "writes", sign * written, place, signed=True))
-    return found
+    reads, writes = _singular(down, up, up.T)
+    answers = reads @ W_dec.double().T
+    sign = answers.gather(1, answers.abs().argmax(1, keepdim=True)).sign()
+    written = writes * reads.norm(dim=1, keepdim=True)
+    return [
+        Component(f"component {unit}", side, direction, unit, signed=True)
+        for unit, pair in enumerate(zip((reads * sign).float(), (written * sign).float(), strict=True))
+        for side, direction in zip(SIDES, pair, strict=True)
+    ]
 
 
 def linear_units(down: Tensor, up: Tensor, W_dec: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,15 +204,22 @@ def linear_units(down: Tensor, up: Tensor, W_dec: Tensor) -> tuple[Tensor, Tenso
     reads: the component's answer to a unit of each latent's activation, in lengths of the stream; writes: what it adds
     to each latent when it has an answer of 1. The strongest latent read is positive.
     """
+    reads, writes = _singular(down, up, up.T @ W_dec)
+    sign = reads.gather(1, reads.abs().argmax(1, keepdim=True)).sign()
+    return (reads * sign).float(), (writes * sign).float()
+
+
+def _singular(down: Tensor, up: Tensor, in_stream: Tensor) -> tuple[Tensor, Tensor]:
+    """(reads [k, n], writes [k, m]) of up(down ·) by the singular directions of what it adds to the stream, largest
+    first, float64, of either sign; down [r, n], up [m, r]. in_stream [r, d]: the columns of `up`, as the stream has
+    them. reads have the singular values as lengths; writes are what an answer of 1 adds."""
     Q_in, R_in = torch.linalg.qr(down.double().T)
-    R_out = torch.linalg.qr((up.T @ W_dec).double().T).R
+    R_out = torch.linalg.qr(in_stream.double().T).R
     _, S, Vh = torch.linalg.svd(R_out @ R_in.T)
     reads = (Q_in @ Vh.T * S).T
     kept = S.max().clamp_min(1e-30) * MIN_SIZE < S
     reads, S = reads[kept], S[kept]
-    writes = (up.double() @ (down.double() @ reads.T)).T / S.square()[:, None]
-    sign = reads.gather(1, reads.abs().argmax(1, keepdim=True)).sign()
-    return (reads * sign).float(), (writes * sign).float()
+    return reads, (up.double() @ (down.double() @ reads.T)).T / S.square()[:, None]
 
 
 def _read_sparse(adapter: adapters.SparseLinear, W_dec: Tensor) -> LatentReading:
@@ -238,7 +243,7 @@ def _read_residual(adapter: adapters.Residual, dictionary: Dictionary) -> Latent
         reads = W_in @ dictionary.W_dec.float().cpu().T
         sign = reads.gather(1, reads.abs().argmax(1, keepdim=True)).sign()
         W_in, b_in, W_out = W_in * sign, b_in * sign[:, 0], W_out * sign[:, 0]
-    read, written = W_in * W_out.norm(dim=0)[:, None], pullback.unit_writes(W_in, b_in, W_out)  # [h, d] each
+    read, written = pullback.unit_reads(W_in, W_out), pullback.unit_writes(W_in, b_in, W_out)  # [h, d] each
     directions = InMemory(dictionary)
     writes, reads = Energy(adapter.d), Energy(adapter.d)
     writes.add(written.T)

@@ -54,10 +54,9 @@ class ModelPair(ABC):
         """The same pair for another thread: modules of its own, to be switched and hooked alone; weights shared."""
         return copy.deepcopy(self, self.shared_tensors())
 
-    def bare(self) -> PreTrainedModel | None:
-        """The base model alone, in modules of its own over the same weights; None where the pair cannot tell it apart
-        from the adapter."""
-        return None
+    def bare(self) -> PreTrainedModel:
+        """The base model alone, in modules of its own over the same weights."""
+        return copy.deepcopy(self.model, self.shared_tensors())
 
     def shared_tensors(self) -> dict[int, Any]:
         """The weights of every model, as a memo that keeps `copy.deepcopy` from copying them."""
@@ -169,9 +168,6 @@ class TwoModels(ModelPair):
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
         return self._base, self._adapted
-
-    def bare(self) -> PreTrainedModel:
-        return copy.deepcopy(self._base, self.shared_tensors())
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:

@@ -82,12 +82,7 @@ class PairedModel:
     def with_adapter(self, adapter: str, base: str, sae: str | None, dictionary: Dictionary | None) -> PairedModel:
         """The same base with another adapter, over the same weights where the adapter's kind allows. As `load`."""
         found, view = adapters.detect(adapter), adapters.View(self.hook.name, sae, dictionary)
-        model = self.pair.bare()
-        pair = (
-            found.load_for(adapter, base, view, dtype=self.dtype, device=self.device)
-            if model is None
-            else found.load_onto(adapter, base, view, model)
-        )
+        pair = found.load_onto(adapter, base, view, self.pair.bare())
         return PairedModel(pair, self.hook, self.tokenizer, None if self.hook_in is None else self.hook_in.name)
 
     def replica(self) -> PairedModel:

@@ -84,12 +84,17 @@ def pre_activation(W_in: Tensor, b_in: Tensor, W_dec: Tensor, b_dec: Tensor, z: 
     return PreActivation(z @ (W_dec @ W_in.T), W_in @ b_dec + b_in, error @ W_in.T)
 
 
+def unit_reads(W_in: Tensor, W_out: Tensor) -> Tensor:
+    """What each unit reads, by what it writes for a unit of it: W_in[k] ‖W_out[:, k]‖ [h, d]."""
+    return W_in * W_out.norm(dim=0)[:, None]
+
+
 def residual_reads(W_in: Tensor, b_in: Tensor, W_out: Tensor, W_dec: Tensor) -> Tensor:
     """How unit k answers to latent j: ⟨W_in[k], d_j⟩ ‖W_out[:, k]‖ [h, m], what it writes for each unit of activation.
 
     W_out [d, h]. Signed: positive drives the unit.
     """
-    return (W_in @ W_dec.T) * W_out.norm(dim=0)[:, None]
+    return unit_reads(W_in, W_out) @ W_dec.T
 
 
 def unit_writes(W_in: Tensor, b_in: Tensor, W_out: Tensor) -> Tensor:

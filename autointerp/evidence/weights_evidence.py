@@ -46,11 +46,17 @@ class Reading(Protocol):
         """What these latents raise and lower, where weights say it."""
         ...
 
+    @property
+    def units(self) -> list[Unit]:
+        """The hidden units or components of the adapter, by the latents they read or write."""
+        ...
+
 
 @dataclass(frozen=True)
 class MatrixReading:
     """Of an adapter that changes weight matrices of the model."""
 
+    run: Run
     change: Change
     streamer: Streamer
     directions: Directions
@@ -62,6 +68,10 @@ class MatrixReading:
     def writes(self, latents: Sequence[int]) -> list[Write]:
         """None: what a latent's firing leads to goes through the model."""
         return []
+
+    @property
+    def units(self) -> list[Unit]:
+        return units_of(self.run, self.directions)
 
 
 def directions_for(run: Run) -> Directions:
@@ -76,7 +86,7 @@ def reading_of(run: Run, directions: Directions, mean: Tensor | None = None) -> 
     InputError, in one line, where they do not say."""
     if isinstance(directions, InMemory) and ADAPTERS.get(run.adapter_format).on_latents:
         return read_latents(run, directions.dictionary, mean)
-    return MatrixReading(*read_weights(run, directions), directions)
+    return MatrixReading(run, *read_weights(run, directions), directions)
 
 
 def units_of(run: Run, directions: Directions) -> list[Unit]:
@@ -139,7 +149,7 @@ class WeightsEvidence:
 
     def units(self) -> list[Unit]:
         """The hidden units or components of the adapter, by the latents they read or write."""
-        return units_of(self.run, self.directions)
+        return self._reading.units
 
     def decoder_tokens(self) -> list[DecoderToken]:
         """None: that takes the base model's unembedding."""

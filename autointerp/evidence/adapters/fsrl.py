@@ -52,9 +52,6 @@ class FsrlFormat(InsertingFormat):
     name = "fsrl"
     on_latents = True
 
-    def matches(self, path: Path) -> bool:
-        return any(file.is_file() for file in self.files(path))
-
     def files(self, path: Path) -> list[Path]:
         return [path / CONFIG, path / WEIGHTS]
 

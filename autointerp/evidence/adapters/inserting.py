@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class InsertingFormat(AdapterFormat):
     """A format whose adapters are functions at hook points of the base model."""
 
+    def matches(self, path: Path) -> bool:
+        return any(file.is_file() for file in self.files(path))
+
     @abstractmethod
     def insertions(self, folder: Path, config: PretrainedConfig, view: View, device: torch.device) -> list[Insertion]:
         """What is put where in the model of `config`; InputError, in one line, where it does not fit."""

@@ -24,9 +24,6 @@ class SaeAdapterFormat(InsertingFormat):
     name = "sae_adapter"
     on_latents = True
 
-    def matches(self, path: Path) -> bool:
-        return any(file.is_file() for file in self.files(path))
-
     def files(self, path: Path) -> list[Path]:
         return [path / CONFIG, path / WEIGHTS]
 
