@@ -37,7 +37,8 @@ CHARS_PER_TOKEN = 5
 """More than the demo's tokenizer needs, so that a corpus is never short."""
 CHARS_PER_DOCUMENT = 2000
 BATCHES = (1024, 4096)
-"""Positions of the floor's batches: it takes the quicker of these."""
+"""Positions of the floor's batches: it takes the quicker of these, as the first WARM_UP positions tell."""
+WARM_UP = 32_768
 GPT2_LATENTS, GPT2_L0, GPT2_HOOK, GPT2_ADAPTED = 24_576, 60, 8, list(range(3, 12))
 
 
@@ -71,7 +72,7 @@ def make_case(name: str, folder: Path, tokens: int) -> dict[str, Any]:
             for text in _texts(tokens):
                 for at in range(0, len(text), CHARS_PER_DOCUMENT):
                     file.write(json.dumps({"text": text[at : at + CHARS_PER_DOCUMENT]}) + "\n")
-    flags = {"corpus": str(corpus), "max_tokens": tokens, "top": TOP}
+    flags = {"corpus": str(corpus), "max_tokens": tokens, "top": TOP, "device": "cpu"}
     if name == "demo":
         return {"path": str(ORGANISM)} | flags
     if not (folder / "gpt2").exists():
@@ -165,7 +166,7 @@ class Loaded:
         rows, have = [], 0
         for batch in self.evidence.corpus.batches():
             x, _ = self.evidence.model.activations(batch.ids)
-            rows.append(x[batch.counted])
+            rows.append(x.cpu()[batch.counted])
             have += len(rows[-1])
             if have >= n:
                 break
@@ -216,8 +217,9 @@ class Floor:
         from transformers import GPT2LMHeadModel
 
         run = loaded.run
-        plain = GPT2LMHeadModel.from_pretrained(run.base).eval()
-        peft = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(run.base), run.adapter).eval()
+        self.device = loaded.evidence.model.device
+        plain = GPT2LMHeadModel.from_pretrained(run.base).eval().to(self.device)
+        peft = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(run.base), run.adapter).eval().to(self.device)
         first = min(peft.peft_config["default"].layers_to_transform)  # pyright: ignore
         end = int(run.hook.split(".")[1]) + 1
         self.wte, self.wpe = plain.transformer.wte, plain.transformer.wpe
@@ -227,29 +229,30 @@ class Floor:
         self.W_enc = dictionary.W_enc
         self.bias = dictionary.b_enc - dictionary.b_dec @ dictionary.W_enc
         corpus = loaded.evidence.corpus
-        self.batches = min((self._batches(corpus, positions) for positions in BATCHES), key=self._warm_up)
+        self.batches = self._batches(corpus, min(BATCHES, key=lambda positions: self._warm_up(corpus, positions)))
         self._check(loaded)
 
     def _batches(self, corpus: Any, positions: int) -> list[tuple[Any, Any]]:
         return [(batch.ids, batch.counted) for batch in corpus.batches(positions)]
 
-    def _warm_up(self, batches: list[tuple[Any, Any]]) -> float:
-        self.batches = batches
+    def _warm_up(self, corpus: Any, positions: int) -> float:
+        """Seconds of the first WARM_UP positions."""
+        self.batches = self._batches(corpus, positions)[: WARM_UP // positions]
         return self.seconds()[0]
 
     def _check(self, loaded: Loaded) -> None:
         import torch
 
         ids, counted = self.batches[0]
-        ours = [x[counted] for x in loaded.evidence.model.activations(ids)]
-        torch.testing.assert_close([x[counted] for x in self.activations(ids)], ours, rtol=1e-3, atol=1e-3)
+        ours = [x.cpu()[counted] for x in loaded.evidence.model.activations(ids)]
+        torch.testing.assert_close([x.cpu()[counted] for x in self.activations(ids)], ours, rtol=1e-3, atol=1e-3)
 
     def activations(self, ids: Any) -> tuple[Any, Any]:
         """(x_base, x_adapted) [b, t, d]."""
         import torch
 
         with torch.inference_mode():
-            x = _through(self.shared, self.wte(ids) + self.wpe.weight[: ids.shape[1]])
+            x = _through(self.shared, self.wte(ids.to(self.device)) + self.wpe.weight[: ids.shape[1]])
             return _through(self.base, x), _through(self.adapted, x)
 
     def seconds(self) -> tuple[float, float]:
@@ -260,8 +263,10 @@ class Floor:
         for ids, counted in self.batches:
             x_base, _ = self.activations(ids)
             with torch.inference_mode():
-                for rows in x_base[counted].split(1024):
+                for rows in x_base[counted.to(self.device)].split(1024):
                     torch.addmm(self.bias, rows, self.W_enc)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - begin, time.process_time() - cpu
 
 
@@ -331,6 +336,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="default: " + ", ".join(f"{k} {v:,}" for k, v in TOKENS.items()))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of torch; default: its own")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -343,7 +349,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.memory:
             return memory(options.case, Path(folder), options.memory)
-        compare(make_case(options.case, Path(folder), options.tokens or TOKENS[options.case]), options.repeats)
+        flags = make_case(options.case, Path(folder), options.tokens or TOKENS[options.case])
+        compare(flags | {"device": options.device}, options.repeats)
 
 
 if __name__ == "__main__":

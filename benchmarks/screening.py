@@ -1,6 +1,7 @@
 """What is lost when a dictionary is too large for the whole change map, and what the rest takes of memory.
 
-    python -m benchmarks.screening [--latents 24576 65536] [--tokens N] [--steps N] [--saes FOLDER] [--write FILE]
+    python -m benchmarks.screening [--latents 24576 65536] [--tokens N] [--steps N] [--batch N] [--saes FOLDER]
+                                   [--write FILE]
 
 For each size a SAE is trained on the demo's base model, seeded, as the demo's own was, and kept in FOLDER where one is
 given. Screening chooses `MAX_TRACKED` latents on the first tenth of the text; the map of these, and the map of every
@@ -29,21 +30,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 K = 50
 """Latents whose coverage is compared."""
-BATCH = 4
-"""Windows of a training step."""
 
 
-def train(sae: str, n_latents: int, steps: int) -> None:
-    """Trains the SAE into its folder, unless it is there."""
+def train(sae: str, n_latents: int, steps: int, batch: int) -> None:
+    """Trains the SAE into its folder, unless it is there; on a GPU where there is one."""
     if Path(sae).exists():
         return
     from autointerp.demo import ORGANISM, dictionary, language_model
     from autointerp.demo.text import library_documents
     from autointerp.demo.train import training_text
+    from autointerp.evidence.loading import torch_device
 
     windows = language_model.windows_of(training_text(library_documents()), ORGANISM / "model")
     model = language_model.load_base(ORGANISM / "model")
-    dictionary.train_sae(model, windows, steps, BATCH, 0, Path(sae), n_latents)
+    model.to(torch_device("auto"))  # pyright: ignore[reportArgumentType]
+    dictionary.train_sae(model, windows, steps, batch, 0, Path(sae), n_latents)
 
 
 def settings(sae: str, tokens: int) -> dict[str, object]:
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, nargs="+", default=[24_576, 65_536])
     parser.add_argument("--tokens", type=int, default=300_000)
     parser.add_argument("--steps", type=int, default=400, help="that the SAEs train for")
+    parser.add_argument("--batch", type=int, default=4, help="windows of a training step")
     parser.add_argument("--saes", type=Path, help="where trained SAEs are kept and looked for")
     parser.add_argument("--write", type=Path, help="a Markdown file for the tables")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -120,8 +122,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, taken = [], []
         for n in args.latents:
-            sae = str((args.saes or Path(folder)) / f"sae-{n}-{args.steps}")
-            _in_a_fresh_process("train", sae=sae, n_latents=n, steps=args.steps)
+            sae = str((args.saes or Path(folder)) / f"sae-{n}-{args.steps}-{args.batch}")
+            _in_a_fresh_process("train", sae=sae, n_latents=n, steps=args.steps, batch=args.batch)
             rows.append(_in_a_fresh_process("compare", sae=sae, tokens=args.tokens))
             taken.append(_in_a_fresh_process("selection", sae=sae, tokens=args.tokens))
     from benchmarks.planting import publish
@@ -130,10 +132,10 @@ def main() -> None:
     publish(
         f"""# Large dictionaries: the change map by screening
 
-`python -m benchmarks.screening --latents {sizes} --tokens {args.tokens} --steps {args.steps}`: SAEs of these sizes, \
-trained on the demo's base model for {args.steps} steps. Screening ranks latents on the first tenth of the text; both \
-maps are fitted on the rest. Coverage: held-out share of the change that the best {K} latents explain; R²: that all of \
-the map's do. Time: fit and choice, of the screened map over the whole one's.
+`python -m benchmarks.screening --latents {sizes} --tokens {args.tokens} --steps {args.steps} --batch {args.batch}`: \
+SAEs of these sizes, trained on the demo's base model for {args.steps} steps. Screening ranks latents on the first \
+tenth of the text; both maps are fitted on the rest. Coverage: held-out share of the change that the best {K} latents \
+explain; R²: that all of the map's do. Time: fit and choice, of the screened map over the whole one's.
 
 | latents | FVU | fire | coverage | R² | screened | coverage | R² | **difference of coverage** | left out | time |
 |---|---|---|---|---|---|---|---|---|---|---|

@@ -36,7 +36,7 @@ class Quality(NamedTuple):
 @torch.no_grad()
 def residual_stream(model: GPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
     """Activations [n_tokens, d] after block `BLOCK` of windows `ids`, BOS left out: it is the same everywhere."""
-    hidden = model.transformer(ids, output_hidden_states=True).hidden_states[BLOCK + 1]
+    hidden = model.transformer(ids.to(model.device), output_hidden_states=True).hidden_states[BLOCK + 1]
     return hidden[ids != BOS]
 
 
@@ -53,13 +53,19 @@ def new_sae(sample: torch.Tensor, seed: int, n_latents: int = N_LATENTS) -> Batc
         model_name="autointerp-demo", hook_name=HOOK, hf_hook_name=HF_HOOK, prepend_bos=True, context_size=CONTEXT
     )
     config = BatchTopKTrainingSAEConfig(
-        d_in=d_in, d_sae=n_latents, k=K, topk_threshold_lr=0.01, aux_loss_coefficient=1.0, metadata=metadata
+        d_in=d_in,
+        d_sae=n_latents,
+        k=K,
+        topk_threshold_lr=0.01,
+        aux_loss_coefficient=1.0,
+        device=str(sample.device),
+        metadata=metadata,
     )
     sae = BatchTopKTrainingSAE(config)
     mean = sample.mean(0)
     tokens = sample[torch.randint(len(sample), (n_latents,))] - mean
     unit = torch.nn.functional.normalize
-    sae.W_dec.data = unit(unit(tokens, dim=1) + unit(torch.randn(n_latents, d_in), dim=1), dim=1)
+    sae.W_dec.data = unit(unit(tokens, dim=1) + unit(torch.randn(n_latents, d_in).to(tokens), dim=1), dim=1)
     sae.W_enc.data = sae.W_dec.data.T.contiguous()
     sae.b_dec.data = mean
     return sae
@@ -96,7 +102,7 @@ def fit_sae(sae: BatchTopKTrainingSAE, stream: Iterator[torch.Tensor], steps: in
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / warm_up, max(0.02, 3 * (steps - step) / steps))
     )
-    silent_for = torch.zeros(sae.cfg.d_sae)  # tokens since each latent last fired
+    silent_for = torch.zeros(sae.cfg.d_sae, device=sae.W_dec.device)  # tokens since each latent last fired
     for step in range(steps):
         x = next(stream)
         output = sae.training_forward_pass(

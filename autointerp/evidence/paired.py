@@ -144,8 +144,8 @@ class PairedModel:
     def logits(self, ids: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Next-token logits (base, adapted), each [b, t, vocabulary], of token ids [b, t], right-padded.
 
-        A vocabulary is large: give a few sequences at a time, or ask for those after position at [b] of each sequence
-        alone, [b, vocabulary].
+        A vocabulary is large: give a few sequences at a time, or ask for those of some places alone, [n, vocabulary]:
+        at [n, 2] names the sequence and the position of each.
         """
         ids, n_shared = self._checked(ids), self._n_shared
         with self.pair.base() as model, self._kept(model, n_shared) as kept, _unembedding_only(model, at):
@@ -156,12 +156,12 @@ class PairedModel:
             _unembedding_only(model, at),
         ):
             adapted = model(ids, use_cache=False).logits
-        base, adapted = (logits if at is None else logits[:, 0] for logits in (base, adapted))
+        base, adapted = (logits if at is None else logits[0] for logits in (base, adapted))
         return base, adapted[..., : base.shape[-1]]
 
     @torch.inference_mode()
     def logits_from(self, streams: tuple[Tensor, Tensor], ids: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """`logits` of `ids` after position at [b], from what `activations` gave of them: (x_base, x_adapted), each
+        """`logits` of `ids` at places at [n, 2], from what `activations` gave of them: (x_base, x_adapted), each
         [b, t, d]. Only what is above the hook is run, where that is the stream between two blocks.
         """
         ids, n, found = self._checked(ids), self._n_below, []
@@ -169,7 +169,7 @@ class PairedModel:
             with side() as model:
                 if n is not None and not self._acts_below(model, n):
                     with self._passed_over(model, n, x.to(self.device)), _unembedding_only(model, at):
-                        found.append(model(ids, use_cache=False).logits[:, 0])
+                        found.append(model(ids, use_cache=False).logits[0])
         if len(found) < len(streams):
             return self.logits(ids, at)
         base, adapted = found
@@ -324,14 +324,15 @@ def _before(hook_in: HookPoint, hook: HookPoint) -> HookPoint:
 
 @contextmanager
 def _unembedding_only(model: PreTrainedModel, at: Tensor | None) -> Iterator[None]:
-    """The model unembeds position at [b] of each sequence alone; every position where that is None."""
+    """The model unembeds the places at [n, 2] (sequence, position) alone, as one sequence [1, n]; every position where
+    that is None."""
     if at is None:
         yield
         return
 
     def pick(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
-        return x[torch.arange(len(x), device=x.device), at.to(x.device)][:, None], *args[1:]
+        sequence, position = at.to(args[0].device).T
+        return args[0][None, sequence, position], *args[1:]
 
     handle = model.get_output_embeddings().register_forward_pre_hook(pick)  # pyright: ignore
     try:
