@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+INSTEAD = "use --selector change, which runs the models over a corpus"
+"""What a user can do where weights do not say what was changed."""
+
 
 class Singular(NamedTuple):
     """ΔW = U diag(S) Vᵀ, float64."""

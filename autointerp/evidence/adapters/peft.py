@@ -83,11 +83,11 @@ class PeftFormat(AdapterFormat):
         return PeftPair(_attached(model, folder, base))
 
     def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
-        from autointerp.evidence.lora_weights import lora_changes
+        from autointerp.evidence.peft_weights import peft_changes
         from autointerp.evidence.weight_files import read_json
 
         folder = local_folder(spec)
-        return lora_changes(folder, read_json(folder / CONFIG, "adapter"), folder / str(_weights(folder)), base)
+        return peft_changes(folder, read_json(folder / CONFIG, "adapter"), folder / str(_weights(folder)), base)
 
 
 def _weights(folder: Path) -> str | None:
