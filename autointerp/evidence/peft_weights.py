@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from autointerp.errors import InputError
 from autointerp.evidence.checkpoint_weights import differences
 from autointerp.evidence.tensor_files import BaseWeights, Tensors
-from autointerp.evidence.weight_change import INSTEAD, WeightChange, WeightChanges
+from autointerp.evidence.weight_change import INSTEAD, WeightChange, WeightChanges, added_up
 from autointerp.evidence.wiring import stored_in_out
 
 _PREFIX = "base_model.model."
@@ -75,29 +76,49 @@ class PeftFiles:
         return InputError(f"{self} does not fit base {folder} ({module}: {reason}); give --base its own")
 
 
-def peft_changes(folder: Path, config: dict[str, Any], file: Path, base: BaseWeights | None) -> WeightChanges:
-    """ΔW of every module that the adapter in `folder` changes, as PEFT merges it.
+def peft_changes(several: Sequence[PeftFiles]) -> WeightChanges:
+    """ΔW of every module that an adapter changes, or several that are active together, as PEFT merges them.
 
-    InputError for other PEFT types, and for settings with which weights alone do not say what is added.
+    InputError for other PEFT types, for settings with which weights alone do not say what is added, and for adapters
+    whose changes do not add up.
     """
     from autointerp.evidence import ia3_weights, lora_weights
 
     kinds = {"LORA": lora_weights, "IA3": ia3_weights}
-    kind = config.get("peft_type")
+    kind = several[0].config.get("peft_type")
     if kind not in kinds:
-        raise InputError(f"adapter {folder}: {kind} has no weight change of its own to read from its files; {INSTEAD}")
-    files = PeftFiles.open(folder, config, file, base)
-    kinds[kind].check(files)
+        raise InputError(f"{several[0]}: {kind} has no weight change of its own to read from its files; {INSTEAD}")
+    for files in several:
+        kinds[kind].check(files)
+    if len(several) > 1:
+        _check_additive(several)
 
     def read() -> Iterator[WeightChange]:
-        changes.left_out.update(_left_out(files))
-        for module in files.parts:
-            yield kinds[kind].change(files, module, changes.left_out)
-        yield from _saved_whole(files, changes)
+        for files in several:
+            changes.left_out.update(_left_out(files))
+        for module in dict.fromkeys(module for files in several for module in files.parts):
+            theirs = [files for files in several if module in files.parts]
+            yield added_up([kinds[kind].change(files, module, changes.left_out) for files in theirs])
+        for files in several:
+            yield from _saved_whole(files, changes)
 
-    modules = sorted({*files.parts, *files.whole})
+    modules = sorted({module for files in several for module in (*files.parts, *files.whole)})
     changes = WeightChanges(modules, read, low_rank=kind == "LORA")
     return changes
+
+
+def _check_additive(several: Sequence[PeftFiles]) -> None:
+    """InputError unless what several adapters do together is the sum of what each does alone."""
+    for files in several:
+        rescales = "IA3" if files.config.get("peft_type") == "IA3" else "DoRA" if files.config.get("use_dora") else None
+        if rescales:
+            raise InputError(f"{files}: {rescales} rescales what the other adapters add, too; {INSTEAD}")
+    whole = Counter(module for files in several for module in files.whole.keys() - files.parts.keys())
+    if twice := sorted(module for module, n in whole.items() if n > 1):
+        raise InputError(
+            f"{several[0]} and another that is to be active with it both hold a {twice[0]} of their own; give --adapter"
+            " one of them"
+        )
 
 
 def _bare(module: str) -> str:
