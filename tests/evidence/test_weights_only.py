@@ -22,7 +22,7 @@ from autointerp.errors import InputError
 from autointerp.evidence.adapters import detect
 from autointerp.evidence.dictionaries import load_dictionary
 from autointerp.evidence.directions import Directions, InMemory, open_directions
-from autointerp.evidence.energy import Energy, relative, standardise
+from autointerp.evidence.energy import Energy, _product_tail, relative, standardise, standardise_product
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.weight_change import WeightChange, WeightChanges
 from autointerp.evidence.weights_evidence import WeightsEvidence
@@ -195,6 +195,22 @@ def test_standardising_knows_neither_scale_nor_the_dead() -> None:
     assert np.isnan(one.z[7])
     assert one.q[7] == 1
     assert (standardise(np.full(5, 2.0)).q == 1).all()
+
+
+def test_products_of_factors_that_do_not_know_each_other() -> None:
+    """Their tail is what is drawn; far out it goes on without a step and never is zero."""
+    rng = np.random.default_rng(0)
+    one, other = 3 * rng.standard_normal(10**6), 0.2 * rng.standard_normal(10**6)
+    found = standardise_product(one, other)
+    assert found.q.min() > 0.05
+    for t in (0.5, 2.0, 5.0):
+        assert (np.abs(one * other / 0.6) > t).mean() == pytest.approx(_product_tail(np.array(t)), rel=0.1)
+    tail = _product_tail(np.array([19.99, 20.01, 500.0]))
+    assert tail[1] == pytest.approx(tail[0], rel=0.05)
+    assert 0 < tail[2] < 1e-200
+    one[7], other[7] = 30, 2.0
+    assert np.flatnonzero(standardise_product(one, other).q < 0.01).tolist() == [7]
+    assert (standardise_product(np.zeros(5), np.ones(5)).q == 1).all()
 
 
 # Planted truths on the demo's dictionary
