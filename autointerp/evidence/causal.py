@@ -33,7 +33,7 @@ from autointerp.evidence.parallel import in_order, tokens_per_batch
 from autointerp.evidence.spool import Spool
 from autointerp.records import CausalEffect
 
-Part = Literal["none", "whole", "static", "selected", "random", "matched", "all"]
+Part = Literal["none", "whole", "static", "selected", "random", "matched", "all", "directions", "random directions"]
 Edit = Literal["added", "removed"]
 EDITS: tuple[Edit, ...] = ("added", "removed")
 METRICS = ("loss", "kl")

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from autointerp.evidence import causal_single
 from autointerp.evidence.causal import HeldOut, Restoration, RowSet, row_sets, share_of
 from autointerp.evidence.causal_single import one_by_one
+from autointerp.evidence.causal_static import direction_sets
 from autointerp.evidence.dictionaries.base import Dictionary
-from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.fitted import MIN_FIRINGS, FittedMap
 from autointerp.evidence.gather import Evidence
 from autointerp.evidence.hookpoints import Layout
 from autointerp.evidence.model_pair import ModelPair
@@ -221,3 +222,29 @@ def test_random_rows_beside_every_number_of_selected_ones(world: World) -> None:
     for one, next_one in pairwise(drawn[:3]):  # the same draw, taken further
         assert next_one.columns[: one.k].tolist() == one.columns.tolist()
     assert [s.k for s in sets if s.part == "matched"] == [3, 3]
+
+
+def test_directions_of_a_constant_change(world: World) -> None:
+    """A bias of three planted directions: three of the pursuit's are all of it, random ones next to nothing."""
+    with Evidence.load(world.run) as evidence:
+        fitted, _ = fit(evidence)
+    live = np.flatnonzero(fitted.statistics.base.fired >= MIN_FIRINGS)
+    planted = live[[3, 9, 20]]
+    static = torch.tensor([3.0, 2.0, -1.0]).double() @ fitted.W_dec[planted]
+    fitted.statistics.stream.sum_change[:] = (static * fitted.statistics.n_tokens).numpy()
+    sets = direction_sets(fitted, (1, 2, 3, 100), draws=2, seed=0)
+    assert [(s.part, s.k, s.draw) for s in sets[:6]] == [
+        (part, k, draw)
+        for k in (1, 2)
+        for part, draw in (("directions", 0), *(("random directions", d) for d in (1, 2)))
+    ]
+    assert sets[-1].k == len(live)
+    left = {(s.k, s.draw): float((s.constant - static).norm() / static.norm()) for s in sets}
+    assert left[1, 0] > left[2, 0] > left[3, 0]
+    assert left[3, 0] < 1e-5
+    assert all(left[k, draw] > left[k, 0] + 0.2 for k in (1, 2, 3) for draw in (1, 2))
+    assert all(left[k, draw] > left[k + 1, draw] for k in (1, 2) for draw in (1, 2)), "one draw, taken further"
+    z = torch.rand(7, 48)
+    assert torch.equal(sets[0].written(z), sets[0].constant.expand(7, -1)), "the same on every token"
+    fitted.statistics.stream.sum_change[:] = 0
+    assert direction_sets(fitted, (1, 2), draws=1, seed=0) == []
