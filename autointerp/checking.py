@@ -29,15 +29,12 @@ INTERRUPTED = "interrupted: what was measured so far is stored, and the same com
 
 async def acheck(job: Job, *, reporter: Reporter | None = None, stop: Stop | None = None) -> Results:
     """Runs the checks that the store does not hold yet. InputError (nothing changed) for bad input; StoppedByUser."""
-    from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
-
     reporter, stop = reporter or Reporter(), stop or Stop()
     with on_interrupt(stop):
         if not _complete(job):
             evidence = await load_evidence(job)
             with contextlib.ExitStack() as held:
                 held.enter_context(evidence)
-                refuse_transcoder(evidence.dictionary, "`autointerp check`")
                 stop.check("interrupted before the corpus was read: nothing was stored")
                 job = replace(job, run=evidence.run)
                 store = held.enter_context(Store.open(job.db))
