@@ -103,8 +103,9 @@ def save(model: Trained, folder: Path) -> Path:
         model.save_pretrained(folder)
         return folder
     names = list(model.active_adapters)
-    for stale in (*folder.glob("adapter_*"), *folder.glob("*/adapter_*")):
-        stale.unlink()  # of another training into the same run, whose adapters had other names
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for stale in (*folder.glob(name), *folder.glob(f"*/{name}")):
+            stale.unlink()  # of another training into the same run, whose adapters had other names
     model.save_pretrained(str(folder), selected_adapters=names)
     written = [folder if name == "default" else folder / name for name in names]
     for config in (adapter / "adapter_config.json" for adapter in written):

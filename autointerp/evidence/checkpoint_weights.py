@@ -48,10 +48,10 @@ def checkpoint_changes(folder: Path, files: Sequence[Path], base: BaseWeights | 
         )
     others = [pair for pair in pairs if len(theirs.shape(pair.name)) != 2 or not pair.name.endswith(".weight")]
     matrices = [pair for pair in pairs if pair not in others]
-    if base.config.tie_word_embeddings and not any(_leaf(pair.module) in UNEMBEDDINGS for pair in matrices):
+    if base.tied and not any(_leaf(pair.module) in UNEMBEDDINGS for pair in matrices):
         # The embedding of tokens, which writes, is also what reads the stream at its end.
-        tied = [pair for pair in matrices if pair.own == base.token_embedding]
-        matrices = [*(pair._replace(module=UNEMBEDDINGS[0]) for pair in tied), *matrices]
+        both = [pair for pair in matrices if pair.own == base.token_embedding]
+        matrices = [*(pair._replace(module=UNEMBEDDINGS[0]) for pair in both), *matrices]
 
     def read() -> Iterator[WeightChange]:
         for name, own, _ in others:

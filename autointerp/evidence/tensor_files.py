@@ -139,7 +139,7 @@ class BaseWeights:
         if not self._files:
             return None
         found = self.tensors.find(f"{module}.weight")
-        if found is None and module.rpartition(".")[2] in UNEMBEDDINGS and self.config.tie_word_embeddings:
+        if found is None and module.rpartition(".")[2] in UNEMBEDDINGS and self.tied:
             return self.token_embedding
         return found
 
@@ -151,6 +151,11 @@ class BaseWeights:
             return None
         stored = self.tensors.read(name)
         return stored.T if stored_in_out(self.config.model_type, module) else stored
+
+    @property
+    def tied(self) -> bool:
+        """Whether one matrix embeds and unembeds tokens."""
+        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
 
     @cached_property
     def token_embedding(self) -> str | None:
