@@ -29,15 +29,12 @@ INTERRUPTED = "interrupted: what was measured so far is stored, and the same com
 
 async def acheck(job: Job, *, reporter: Reporter | None = None, stop: Stop | None = None) -> Results:
     """Runs the checks that the store does not hold yet. InputError (nothing changed) for bad input; StoppedByUser."""
-    from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
-
     reporter, stop = reporter or Reporter(), stop or Stop()
     with on_interrupt(stop):
         if not _complete(job):
             evidence = await load_evidence(job)
             with contextlib.ExitStack() as held:
                 held.enter_context(evidence)
-                refuse_transcoder(evidence.dictionary, "`autointerp check`")
                 stop.check("interrupted before the corpus was read: nothing was stored")
                 job = replace(job, run=evidence.run)
                 store = held.enter_context(Store.open(job.db))
@@ -107,11 +104,15 @@ def _reports(stage: str, stop: Stop, reporter: Reporter) -> Progress:
 def _causal(checked: Checked, progress: Progress) -> Rows:
     from autointerp.evidence.causal import DRAWS, SIZES, HeldOut, Restoration, row_sets
     from autointerp.evidence.causal_single import one_by_one
+    from autointerp.evidence.causal_static import SIZES as DIRECTIONS
+    from autointerp.evidence.causal_static import direction_sets
 
     evidence, fitted = checked.evidence, checked.fitted
     held = HeldOut.of(checked.spool, evidence.corpus.bos)
     restoration = Restoration(evidence.models, evidence.dictionary, fitted, held)
     sets = row_sets(fitted, checked.latents, SIZES, DRAWS, checked.seed)
+    if fitted.mostly_static:
+        sets += direction_sets(fitted, DIRECTIONS, DRAWS, checked.seed)
     sums = restoration.together(sets, progress)
     alone = one_by_one(restoration, fitted, checked.latents, sums.whole(), checked.seed, lambda _n: progress(0))
     return {"causal": _dicts(sums.effects(sets)), "causal_latents": _dicts(alone)}

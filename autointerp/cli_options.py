@@ -40,7 +40,11 @@ RUN = _options(
         "--run", "path", type=click.Path(path_type=Path), required=True, help="Run directory, or its run.yaml."
     ),
     click.option("--base", help="Base model: path or hub id.  [default: what the adapter names]"),
-    click.option("--adapter", help="Adapter: path or hub id.  [default: the run directory]"),
+    click.option(
+        "--adapter",
+        multiple=True,
+        help="Adapter: path or hub id; several PEFT adapters are active together.  [default: the run directory]",
+    ),
     click.option("--sae", help="SAE: a local folder, or a SAELens release/sae_id."),
     click.option("--hook", help="Hook point.  [default: what the SAE's config says]"),
     click.option("--corpus", help=".jsonl, .parquet, .txt, a folder of them, a saved dataset, or a hub id."),
@@ -92,7 +96,7 @@ LABELING = _options(
     click.option("--yes", is_flag=True, help="Do not ask before spending money."),
 )
 _RUN_KEYS = (
-    "base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
+    "base", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
     "dtype", "seed", "scratch", "outcome_column", "sae_adapted", "checkpoints",
 )  # fmt: skip
 
@@ -103,6 +107,7 @@ def job_of(options: dict[str, Any], select_only: bool = False) -> Job:
     from autointerp.run import WEIGHTS_ONLY, Run
 
     flags: dict[str, Any] = {key: options.get(key) for key in _RUN_KEYS}
+    flags["adapter"] = options.get("adapter") or None
     selectors = options["selector"] or None
     by_weights = select_only and selectors is not None and set(selectors) <= set(WEIGHTS_ONLY)
     run = Run.load(options["path"], need=() if by_weights else ("base", "corpus"), selector=selectors, **flags)

@@ -103,17 +103,18 @@ def save(model: Trained, folder: Path) -> Path:
         model.save_pretrained(folder)
         return folder
     names = list(model.active_adapters)
-    if len(names) != 1:
-        raise InputError(f"adapters {', '.join(names)} are active together: save them, and label them one at a time")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for stale in (*folder.glob(name), *folder.glob(f"*/{name}")):
+            stale.unlink()  # of another training into the same run, whose adapters had other names
     model.save_pretrained(str(folder), selected_adapters=names)
-    written = folder if names[0] == "default" else folder / names[0]
-    config = written / "adapter_config.json"
-    content = json.loads(config.read_text())
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(content.get(key), list):  # a set, in any order: the same training is to give the same run
-            content[key] = sorted(content[key])
-    config.write_text(json.dumps(content, indent=2, sort_keys=True))
-    return written
+    written = [folder if name == "default" else folder / name for name in names]
+    for config in (adapter / "adapter_config.json" for adapter in written):
+        content = json.loads(config.read_text())
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(content.get(key), list):  # a set, in any order: the same training is to give the same run
+                content[key] = sorted(content[key])
+        config.write_text(json.dumps(content, indent=2, sort_keys=True))
+    return folder if len(written) > 1 else written[0]
 
 
 def save_placeholder(folder: Path) -> Path:

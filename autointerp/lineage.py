@@ -127,7 +127,7 @@ def _opened(store: Store, ids: list[str]) -> tuple[list[Layer], list[Directions]
                 f"runs {same.run_id} and {run_id} are on one dictionary, where every latent is its own counterpart:"
                 " `autointerp compare` sets them side by side"
             )
-        opened = open_directions(run["sae"], run["hook"])
+        opened = open_directions(run["sae"], run["hook"], decoder_only=True)
         if (opened.m, opened.d) != (run["d_sae"], run["d_model"]):
             raise InputError(
                 f"SAE {run['sae']} is not the one of run {run_id}: {opened.m} latents of width {opened.d}, the run's"

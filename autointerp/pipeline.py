@@ -333,6 +333,13 @@ def _assumed(run: Run) -> str | None:
     return ADAPTERS.get(run.adapter_format).assumed(run.adapter)
 
 
+def _members(run: Run) -> list[dict[str, str]] | None:
+    """Name, path and hash of each of several adapters that are active together."""
+    from autointerp.evidence.adapters import ADAPTERS
+
+    return [member._asdict() for member in ADAPTERS.get(run.adapter_format).members(run.adapter)] or None
+
+
 def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
     from autointerp.evidence.gather import library_versions
 
@@ -348,6 +355,7 @@ def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
             name: getattr(run, name)
             for name in ("base", "adapter", "adapter_format", "adapter_sha256", "sae", "corpus")
         },
+        "adapters": _members(run),
         "assumed": _assumed(run),
         "hook": run.hook,
         **evidence.shape,

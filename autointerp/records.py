@@ -230,9 +230,10 @@ class CausalEffect:
     edit: Literal["added", "removed"]
     """Rows added to the base model, or taken out of the adapted one."""
     part: str
-    """none, whole (all of Δx), static, selected, random, matched (random rows, as much written) or all (every row)."""
+    """none, whole (all of Δx), static, selected, random, matched (random rows, as much written), all (every row),
+    directions (decoder directions of the static part) or random directions."""
     k: int
-    """Rows written."""
+    """Rows or directions written."""
     draw: int
     """Number of the random draw, from 1; 0 for what is not drawn."""
     loss: float

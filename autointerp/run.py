@@ -26,6 +26,8 @@ RUN_FILE = "run.yaml"
 KEYS = ("base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens")
 """The keys of run.yaml; each is also a flag."""
 PATHS = ("base", "adapter", "sae", "corpus")
+_SINGLE = ("base", "sae", "corpus")
+"""Those of PATHS that are one; adapters can be several."""
 
 WEIGHTS_ONLY = ("weights",)
 """Selectors that need neither corpus nor model when nothing but the selection is wanted."""
@@ -96,6 +98,7 @@ class Run:
     """The run directory."""
     base: str | None
     adapter: str
+    """Of several that are active together, what `adapters.together` makes of them, or the folder that holds them."""
     adapter_format: str
     adapter_sha256: str
     sae: str
@@ -127,6 +130,7 @@ class Run:
         if "sae_adapted" in given:
             given["sae_adapted"] = _locate("sae", given["sae_adapted"], Path.cwd(), "sae-adapted")
         written = _read(folder / RUN_FILE)
+        adapters = _adapters(given, Path.cwd()) or _adapters(written, folder)
         located = _located(written, folder) | _located(given, Path.cwd())
         view, settings = _checked(written | given)
         if "sae" not in located:
@@ -136,9 +140,10 @@ class Run:
         prints = {key: fingerprint(located[key], key) for key in ("sae", "corpus") if key in located}
         if settings.sae_adapted is not None:
             prints["sae_adapted"] = fingerprint(settings.sae_adapted, "sae")
+        from autointerp.evidence.adapters import together
         from autointerp.evidence.series import resolve
 
-        adapter, checkpoints = resolve(located.get("adapter", str(folder)), settings.checkpoints)
+        adapter, checkpoints = resolve(together(adapters or [str(folder)]), settings.checkpoints)
         name, sha256, base = _detected(adapter, located.get("base"), "base" in need)
         return cls(
             path=folder,
@@ -261,7 +266,13 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _located(values: dict[str, Any], root: Path) -> dict[str, str]:
-    return {key: _locate(key, values[key], root) for key in PATHS if key in values}
+    return {key: _locate(key, values[key], root) for key in _SINGLE if key in values}
+
+
+def _adapters(values: dict[str, Any], root: Path) -> list[str]:
+    """The one adapter that is given, or those that are to be active together; empty where none is."""
+    given = values.get("adapter")
+    return [_locate("adapter", each, root) for each in (given if isinstance(given, list | tuple) else [given]) if each]
 
 
 def _locate(key: str, value: Any, root: Path, option: str | None = None) -> str:

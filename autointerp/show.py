@@ -150,7 +150,7 @@ def header(store: Store, run_id: str) -> Panel:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     lines: list[tuple[str, list[str | None]]] = [
-        ("adapter", [_text(run["adapter"]), _with("on ", run["base"])]),
+        ("adapter", [_text(run["adapter"]), _together(run["adapters"]), _with("on ", run["base"])]),
         ("dictionary", [_text(run["sae"]), _with("at ", run["hook"]), _with("", run["d_sae"], " latents", "{:,}")]),
         (
             "read",
@@ -358,6 +358,12 @@ def _text(value: str | None) -> str | None:
 
 def _with(before: str, value: Any, after: str = "", form: str = "{}") -> str | None:
     return None if value is None else before + visible(form.format(value)) + after
+
+
+def _together(adapters: str | None) -> str | None:
+    """Names of the adapters that are active together, from their JSON."""
+    names = [member["name"] for member in json.loads(adapters or "[]")]
+    return visible(f"{', '.join(names[:-1])} and {names[-1]} together") if names else None
 
 
 def _pair(name: str, base: float | None, adapted: float | None, form: str) -> str | None:

@@ -18,6 +18,8 @@ _PARTS = {
     "random": "random",
     "matched": "random, as much",
     "static": "static part alone",
+    "directions": "directions of it",
+    "random directions": "random directions",
     "all": "(all)",
 }
 

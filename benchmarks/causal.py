@@ -14,7 +14,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ from torch import Tensor
 from autointerp.demo import ORGANISM, language_model
 from autointerp.demo.train import read_corpus
 from autointerp.evidence.causal import EDITS, Edit, HeldOut, Part, Restoration, RowSet, row_sets
-from autointerp.evidence.change_map import decompose
-from autointerp.evidence.fitted import MIN_FIRINGS, FittedMap
+from autointerp.evidence.causal_static import direction_sets
+from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.gather import Evidence
 from autointerp.evidence.selection import SELECTORS, Question
 from autointerp.evidence.spool import Spool
@@ -158,34 +158,19 @@ def constant_sets(fitted: FittedMap, draws: int, seed: int) -> tuple[list[RowSet
     """Of a change δ̄ that is the same on every token: the first k decoder directions of its decomposition, and the best
     that k random ones can do. The sets, and the share of ‖δ̄‖² that each number of directions holds."""
     static = torch.from_numpy(fitted.statistics.static)
-    live = np.flatnonzero(fitted.statistics.base.fired >= MIN_FIRINGS)
-    directions, generator = fitted.W_dec[live], np.random.default_rng(seed)
-    sets, coverage, by_chance = [_constant("static", 0, 0, static)], {}, {}
-    orders = [generator.permutation(len(live)) for _ in range(draws)]
-    for k in SIZES:
-        pairs = decompose(static, directions, k, stop=0.0)
-        chosen = sum((a * directions[at] for at, a in pairs), torch.zeros_like(static))
-        drawn = [_projected(static, directions[order[:k]]) for order in orders]
-        coverage[k] = _held(chosen, static)
-        by_chance[k] = float(np.mean([_held(written, static) for written in drawn]))
-        sets.append(_constant("selected", k, 0, chosen))
-        sets += [_constant("random", k, draw, written) for draw, written in enumerate(drawn, start=1)]
+    found = direction_sets(fitted, SIZES, draws, seed)
+    held: dict[Part, dict[int, list[float]]] = {"selected": {}, "random": {}}
+    sets = row_sets(fitted, [], SIZES, draws, seed)
+    for one in found:
+        part: Part = "random" if one.draw else "selected"  # the static part stands here for the rows that there are not
+        sets.append(replace(one, part=part))
+        held[part].setdefault(one.k, []).append(_held(one.constant.double(), static))
+    coverage, by_chance = ({k: float(np.mean(shares)) for k, shares in held[part].items()} for part in held)
     return sets, coverage, by_chance
-
-
-def _projected(v: Tensor, directions: Tensor) -> Tensor:
-    """What of v [d] lies in the span of directions [k, d]."""
-    solved = torch.linalg.lstsq(directions.T, v[:, None], driver="gelsd").solution
-    return (directions.T @ solved)[:, 0]
 
 
 def _held(written: Tensor, whole: Tensor) -> float:
     return 1 - float((whole - written).square().sum() / whole.square().sum())
-
-
-def _constant(part: Part, k: int, draw: int, written: Tensor) -> RowSet:
-    """Writes the same [d] on every token."""
-    return RowSet(part, k, draw, torch.zeros(0, dtype=torch.long), torch.zeros(0, len(written)), written.float())
 
 
 def figure(all_measured: Sequence[Measured]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ from autointerp.run import Run
 from tests.planted.recording import Recording, record
 
 
-def recorded(description: str | None, tokens: int, seeds: int) -> tuple[argparse.Namespace, Recording]:
-    """The command's options (tokens, seeds, write), defaults as given, and one pass over the run that they name."""
+def recorded(
+    description: str | None, tokens: int, seeds: int, parts: Sequence[str] = ()
+) -> tuple[argparse.Namespace, Recording]:
+    """The command's options (tokens, seeds, write, and which of its `parts` to do), defaults as given, and one pass
+    over the run that they name."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--run", type=Path, default=ORGANISM, help="a run directory (default: the demo's)")
     for key in ("base", "adapter", "sae", "corpus"):
@@ -21,6 +25,8 @@ def recorded(description: str | None, tokens: int, seeds: int) -> tuple[argparse
     parser.add_argument("--tokens", type=int, default=tokens)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--write", type=Path, help="a Markdown file for the table")
+    if parts:
+        parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="tables (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     given = {key: getattr(args, key) for key in ("base", "adapter", "sae", "corpus") if getattr(args, key)}

@@ -287,6 +287,27 @@ def test_a_fully_trained_model_is_held_against_its_base(tmp_path: Path):
     assert results.sql("SELECT count(*) FROM runs").fetchone() == (1,)
 
 
+def test_adapters_that_are_active_together_are_one_change(tmp_path: Path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(ORGANISM / "model", dtype=torch.float32)
+    config = LoraConfig(target_modules=["mlp.c_proj"], layers_to_transform=[1], init_lora_weights=False)
+    model: Any = get_peft_model(base, config, "style")
+    model.add_adapter("facts", config)
+    model.base_model.set_adapter(["style", "facts"])
+    before = state_of(model)
+    options = {**SMALL, "selector": "random", "top": 2, "max_tokens": 3000, "db": tmp_path / "a.duckdb"}
+    tokenizer = AutoTokenizer.from_pretrained(ORGANISM / "model")
+    check_inputs(model, tokenizer, **options)
+    results = label_model(model, tokenizer, run_dir=tmp_path / "run", **options)
+    check_same(before, state_of(model))
+    assert results.sql("SELECT status, adapters->>'$[*].name' FROM runs").fetchone() == ("done", ["facts", "style"])
+    again = ["label", "--run", str(tmp_path / "run"), "--selector", "random", "--top", "2"]
+    assert cli.run([*again, "--db", str(tmp_path / "a.duckdb"), "--quiet"]) == 0
+    assert results.sql("SELECT count(*) FROM runs").fetchone() == (1,)
+
+
 def test_wrappers_are_taken_off_and_shards_refused(trained: Trained):
     model = trained.model
     assert bare(nn.DataParallel(model)) is model

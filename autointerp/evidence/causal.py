@@ -33,7 +33,7 @@ from autointerp.evidence.parallel import in_order, tokens_per_batch
 from autointerp.evidence.spool import Spool
 from autointerp.records import CausalEffect
 
-Part = Literal["none", "whole", "static", "selected", "random", "matched", "all"]
+Part = Literal["none", "whole", "static", "selected", "random", "matched", "all", "directions", "random directions"]
 Edit = Literal["added", "removed"]
 EDITS: tuple[Edit, ...] = ("added", "removed")
 METRICS = ("loss", "kl")
@@ -274,7 +274,7 @@ class Restoration:
     def _edited(self, model: PairedModel, batch: HeldBatch, sets: Sequence[RowSet]) -> tuple[np.ndarray, np.ndarray]:
         """(sums [b, n_sets + 2, edits, metrics], tokens [b]) of one batch."""
         sides = Sides.of(model, batch)
-        z = self.codes(sides.x_base[sides.counted])
+        z = self.codes(sides.encoded[sides.counted])
         found = np.zeros((len(batch.ids), len(sets) + 2, len(EDITS), len(METRICS)))
         for e, edit in enumerate(EDITS):
             found[:, 0, e] = sides.unedited(edit)
@@ -286,20 +286,29 @@ class Restoration:
         return found, sides.tokens()
 
     def codes(self, x: Tensor) -> Tensor:
-        """Base codes z [n, p] of the map's latents at activations x [n, d], on the CPU."""
+        """Base codes z [n, p] of the map's latents at activations x [n, width], on the CPU."""
         return self.dictionary.encode_columns(x.to(self.dictionary.W_dec.device).float(), self.tracked).float().cpu()
 
 
 class Sides:
     """One batch through both models unedited: what the edits start from and are held against."""
 
-    def __init__(self, model: PairedModel, ids: Tensor, counted: Tensor, kept: dict[str, tuple[Tensor, Tensor, Any]]):
+    def __init__(
+        self,
+        model: PairedModel,
+        ids: Tensor,
+        counted: Tensor,
+        kept: dict[str, tuple[Tensor, Tensor, Any]],
+        encoded: Tensor | None = None,
+    ):
+        """encoded: the base's activations as the dictionary reads them [b, t, width], where that is not x."""
         self.model, self.ids = model, ids
         self.counted = counted.to(model.device)
         self._next = ids[:, 1:].to(model.device)
         self._log_p = {side: logits.float().log_softmax(-1) for side, (_x, logits, _below) in kept.items()}
         self._below = {side: below for side, (_x, _logits, below) in kept.items()}
         self.x_base, self.x_adapted = kept["base"][0], kept["adapted"][0]
+        self.encoded = self.x_base if encoded is None else encoded
 
     @classmethod
     def of(cls, model: PairedModel, batch: HeldBatch) -> Sides:
@@ -308,7 +317,9 @@ class Sides:
             seen: list[Tensor] = []
             logits, below = model.patched_logits(side, batch.ids, lambda x, seen=seen: (seen.append(x), x)[1])
             kept[side] = seen[0], logits, below
-        return cls(model, batch.ids, batch.counted, kept)
+        # A transcoder reads at another hook than it writes at, and edits are made where it writes.
+        encoded = None if model.hook_in is None else model.activations_of("base", batch.ids)
+        return cls(model, batch.ids, batch.counted, kept, encoded)
 
     def tokens(self) -> np.ndarray:
         """Counted tokens of each sequence [b]."""

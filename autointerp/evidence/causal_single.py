@@ -116,7 +116,7 @@ def _alone(restoration: Restoration, model: PairedModel, batch: HeldBatch, colum
         batch.ids.expand(g, -1).contiguous(), batch.counted.expand(g, -1).contiguous(), batch.orders.repeat(g)
     )
     sides = Sides.of(model, copies)
-    z = restoration.codes(sides.x_base[:1][sides.counted[:1]])[:, columns]  # [n, g]
+    z = restoration.codes(sides.encoded[:1][sides.counted[:1]])[:, columns]  # [n, g]
     written = (z.T[:, :, None] * rows[:, None]).flatten(0, 1).to(sides.x_base.device)
     found = np.zeros((g, len(EDITS), len(METRICS)))
     for e, edit in enumerate(EDITS):

@@ -53,27 +53,29 @@ class Directions(ABC):
         """[k, d] float32."""
 
 
-def open_directions(spec: str, hook: str | None = None) -> Directions:
+def open_directions(spec: str, hook: str | None = None, decoder_only: bool = False) -> Directions:
     """Of the SAE in a local folder or a SAELens release; InputError, in one line, for what is wrong with it.
 
-    hook: which one is meant, where a file holds those of several hook points.
+    hook: which one is meant, where a file holds those of several hook points. decoder_only: nothing is asked of
+    encoders, so that a transcoder, whose encoder is of another place than its decoder, will do.
     """
     folder = Path(spec)
     if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
         config = read_json(folder / CONFIG, "SAE")
         if config.get("architecture", "standard") in _LINEAR and not config.get("use_error_term"):
             return OnDisk(folder, config)
-    return InMemory(load_dictionary(spec, hook=hook))
+    return InMemory(load_dictionary(spec, hook=hook), decoder_only)
 
 
 class InMemory(Directions):
     """Of a dictionary that is loaded."""
 
-    def __init__(self, dictionary: Dictionary):
-        refuse_transcoder(dictionary, "reading the weights alone")
+    def __init__(self, dictionary: Dictionary, decoder_only: bool = False):
+        if not decoder_only:
+            refuse_transcoder(dictionary, "reading the weights alone")
         self.dictionary = dictionary
         self.d, self.m, self.format, self.hook = (
-            dictionary.d_in,
+            dictionary.W_dec.shape[1],
             dictionary.d_sae,
             dictionary.format,
             dictionary.hook,

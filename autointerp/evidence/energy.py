@@ -11,9 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import iti0k0
 from scipy.stats import false_discovery_control, norm
 from torch import Tensor
 
+_FAR = 20.0
+"""From where on the tail of a product of normals is taken from its asymptote: within 1 %."""
 _NORMAL_MAD = 1.4826
 """Standard deviation of a normal variable over its median absolute deviation."""
 
@@ -108,3 +111,25 @@ def standardise(rho: np.ndarray) -> Standardised:
     z[finite] = (root[finite] - median) / spread
     q[finite] = false_discovery_control(norm.sf(z[finite]))
     return Standardised(z, q)
+
+
+def standardise_product(one: np.ndarray, other: np.ndarray) -> Standardised:
+    """Of |x y| for two factors [m] that, by chance, know nothing of each other: z in products of the factors' robust
+    standard deviations, against the product of two normals, whose density is K₀(|t|)/π.
+
+    The tail of such a product is so much heavier than a normal's that `standardise` would select chance itself.
+    """
+    z = np.abs(one * other) / (_spread(one) * _spread(other) or np.inf)
+    return Standardised(z, false_discovery_control(_product_tail(z)))
+
+
+def _spread(factor: np.ndarray) -> float:
+    """Its standard deviation around 0, but for a few that stand out."""
+    return _NORMAL_MAD * float(np.median(np.abs(factor)))
+
+
+def _product_tail(t: np.ndarray) -> np.ndarray:
+    """P(|X Y| > t) of independent standard normals: 1 − (2/π)∫₀ᵗ K₀; beyond where that rounds to nothing, as K₀ goes
+    asymptotically."""
+    far = np.sqrt(2 / (np.pi * np.maximum(t, 1))) * np.exp(-t)
+    return np.where(t > _FAR, far, 1 - 2 / np.pi * iti0k0(np.minimum(t, _FAR))[1])

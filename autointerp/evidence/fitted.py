@@ -50,6 +50,11 @@ class FittedMap:
         """Whether the change varies with the text at all, beyond rounding."""
         return self.all_tokens.energy > MIN_VARYING * self.statistics.stream.square_change > 0
 
+    @property
+    def mostly_static(self) -> bool:
+        """Whether the greater part of the change is the same on every token."""
+        return self.statistics.stream.static_share(self.statistics.n_tokens) > 0.5
+
     @cached_property
     def rows(self) -> Tensor:
         """C [p, d], all rows fitted jointly on all tokens."""

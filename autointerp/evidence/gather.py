@@ -21,7 +21,6 @@ from autointerp.evidence.collector import collect
 from autointerp.evidence.corpus import Corpus, adds_bos, check_context_length, open_corpus
 from autointerp.evidence.dictionaries import check_fits, load_dictionary
 from autointerp.evidence.dictionaries.base import Dictionary
-from autointerp.evidence.dictionaries.transcoder import refuse_transcoder
 from autointerp.evidence.directions import InMemory
 from autointerp.evidence.documents import DocumentSource
 from autointerp.evidence.fitted import FittedMap
@@ -102,9 +101,6 @@ class Evidence:
         device = str(torch_device(run.settings.device))
         dictionary = load_dictionary(run.sae, device, hook=run.hook)
         run = run.with_hook(dictionary.hook)
-        for name in run.settings.selector:
-            if "gradients" in needs_of([name]):
-                refuse_transcoder(dictionary, f"--selector {name}")
         given = _load_given(run, dictionary, documents, device)
         if pair is not None and tokenizer is not None:
             model = PairedModel(pair, run.hook or "", tokenizer, dictionary.hook_in)

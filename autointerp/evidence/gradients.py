@@ -121,7 +121,7 @@ def _priced(
     x_base, x_adapted = x_base[at].float(), x_adapted[at].float()
     return PricedBatch(
         gradient=gradient[at].float().cpu().numpy(),
-        change=(x_adapted - x_base).cpu().numpy(),
+        change=(x_adapted - x_base)[:, : model.d_model].cpu().numpy(),
         base=to_codes(dictionary, x_base),
         adapted=to_codes(dictionary, x_adapted),
         kl=kl,
@@ -129,7 +129,8 @@ def _priced(
 
 
 def loss_gradient(model: PairedModel, ids: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(∂L/∂x [b, t, d] halfway between the two sides, x_base, x_adapted, Σ KL(adapted ‖ base)) of ids [b, t].
+    """(∂L/∂x [b, t, d] halfway between the two sides, x_base, x_adapted [b, t, width], Σ KL(adapted ‖ base)) of ids
+    [b, t]; of a transcoder, x is what is at the hook where it writes.
 
     L sums the KL over the predictions made at the `counted` [b, t] positions; x at all of them moves it.
     """
@@ -138,7 +139,8 @@ def loss_gradient(model: PairedModel, ids: Tensor, counted: Tensor) -> tuple[Ten
         target = [logits[at].float().log_softmax(-1) for logits in model.logits(ids)]
         kl = float(_kl(target[1], target[0]))
     x_base, x_adapted = (x.clone() for x in model.activations(ids))  # out of inference mode
-    halfway, wanted = ((x_base + x_adapted) / 2).requires_grad_(), target[1].clone()
+    middle = ((x_base + x_adapted) / 2)[..., : model.d_model]
+    halfway, wanted = middle.contiguous().requires_grad_(), target[1].clone()
     with torch.enable_grad():
         found = logits_with(model, ids, halfway)[at].float().log_softmax(-1)
         (gradient,) = torch.autograd.grad(_kl(wanted, found), halfway)

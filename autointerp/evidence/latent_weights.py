@@ -22,7 +22,7 @@ from autointerp.evidence import pullback
 from autointerp.evidence.adapters import local_folder
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.directions import InMemory
-from autointerp.evidence.energy import Energy, standardise
+from autointerp.evidence.energy import Energy, standardise, standardise_product
 from autointerp.evidence.hookpoints import HookPoint, resolve
 from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
@@ -129,6 +129,11 @@ def _read_bias(adapter: adapters.Bias, W_dec: Tensor) -> LatentReading:
     length = float((adapter.bias @ W_dec).norm())
     note = f"a bias on latents, of length {length:.3g} in the stream; sizes are shares of it"
     scores = scores_of(pullback.Sides(nothing, shares.abs()))
+    if 2 * int((adapter.bias != 0).sum()) >= len(shares):  # else having an entry is the finding
+        lengths = W_dec.norm(dim=1)
+        answers = W_dec @ (adapter.bias @ W_dec) / lengths.clamp_min(1e-30)
+        tested = standardise_product((adapter.bias * lengths).double().numpy(), answers.double().numpy())
+        scores = replace(scores, statistic=tested.z, q_value=tested.q)
     return LatentReading(scores, note, columns={"static_share": shares.double().numpy()}, role="static")
 
 

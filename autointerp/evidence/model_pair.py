@@ -197,6 +197,8 @@ def alters_base(config: Any) -> str | None:
         return f"was trained with bias={bias!r}, which changes the base model's own biases"
     if isinstance(start, str) and start.startswith(_MUTATES_BASE):
         return f"was trained with init_lora_weights={start!r}, which rewrites the base model's weights"
+    if getattr(config, "kasa_config", None):
+        return "was trained with KaSA, which rewrites the base model's weights"
     return None
 
 

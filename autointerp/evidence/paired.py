@@ -75,7 +75,7 @@ class PairedModel:
         hook_in = None if dictionary is None else dictionary.hook_in
         for name in (hook, *([hook_in] if hook_in else [])):
             resolve(name, load_config(base))
-        tokenizer = load_tokenizer(base, adapters.local_folder(adapter))
+        tokenizer = load_tokenizer(base, adapters.local_folder(adapters.separate(adapter)[0]))
         view = adapters.View(hook, sae, dictionary)
         return cls(found.load_for(adapter, str(base), view, dtype=dtype, device=device), hook, tokenizer, hook_in)
 

@@ -45,6 +45,8 @@ def resolve(adapter: str, most: int) -> tuple[str, tuple[Checkpoint, ...]]:
     found = [checkpoint for checkpoint in every if adapters.format_of(Path(checkpoint.path)) is not None]
     if _weights(Path(adapter)):
         found, final = _with_final(found, Path(adapter))
+        if most:
+            _check_same_kind(found, final)
     elif found and found[-1] is every[-1]:
         final = found[-1]
     else:
@@ -99,6 +101,23 @@ def _weights(folder: Path) -> list[tuple[str, int, bytes]]:
         files = []
     files = [file for file in files if file.suffix != ".json" and file.is_file()]
     return [(file.name, file.stat().st_size, b"".join(samples(file))) for file in files]
+
+
+def _check_same_kind(found: Sequence[Checkpoint], final: Checkpoint) -> None:
+    """InputError where there are several adapters at the end and one in a checkpoint, or the reverse."""
+    several = [_of_several(Path(checkpoint.path)) for checkpoint in (final, *found)]
+    for checkpoint, other in zip(found, several[1:], strict=True):
+        if other != several[0]:
+            holds, held = ("several adapters", "one") if several[0] else ("one adapter", "several")
+            raise InputError(
+                f"adapter {final.path} holds {holds}, its {checkpoint.name} {held}: they are no series of one training;"
+                " leave the checkpoints out with --checkpoints 0, or give --adapter what is meant"
+            )
+
+
+def _of_several(folder: Path) -> bool:
+    format = adapters.format_of(folder)
+    return format is not None and format.several
 
 
 def _step(state: Path) -> int | None:

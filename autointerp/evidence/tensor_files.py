@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autointerp.errors import InputError
 from autointerp.evidence.weight_files import check_header, first_line, not_finite
+from autointerp.evidence.wiring import TOKEN_EMBEDDINGS, UNEMBEDDINGS, stored_in_out
 
 _PREFIXES = ("model", "transformer", "gpt_neox", "base_model.model")
 """First components that a checkpoint's names have or lack, by whether the body or the whole model was saved."""
@@ -131,6 +132,36 @@ class BaseWeights:
         """One tensor as float32; None where there are no weights here, or none of this name."""
         found = self.tensors.find(name) if self._files else None
         return None if found is None else self.tensors.read(found)
+
+    def weight_name(self, module: str) -> str | None:
+        """What the weight of a module is called in the files: that of an unembedding tied to the embedding is the
+        embedding's. None where there is none, or no weights are here."""
+        if not self._files:
+            return None
+        found = self.tensors.find(f"{module}.weight")
+        if found is None and module.rpartition(".")[2] in UNEMBEDDINGS and self.tied:
+            return self.token_embedding
+        return found
+
+    def matrix(self, module: str) -> Tensor | None:
+        """W [out, in] of a module's linear map as float32; an embedding is the map from one-hot tokens. None where
+        there are no weights here, or none of this module."""
+        name = self.weight_name(module)
+        if name is None:
+            return None
+        stored = self.tensors.read(name)
+        return stored.T if stored_in_out(self.config.model_type, module) else stored
+
+    @property
+    def tied(self) -> bool:
+        """Whether one matrix embeds and unembeds tokens."""
+        return bool(getattr(self.config.get_text_config(), "tie_word_embeddings", False))
+
+    @cached_property
+    def token_embedding(self) -> str | None:
+        """What the weight of the embedding of tokens is called in the files."""
+        ends = tuple(f".{leaf}.weight" for leaf in TOKEN_EMBEDDINGS)
+        return next((name for name in self.tensors.names() if f".{name}".endswith(ends)), None)
 
     @cached_property
     def _files(self) -> list[Path]:

@@ -115,7 +115,8 @@ def _pairs(spool: Spool, dictionary: Dictionary, latents: Sequence[int], fit: bo
         stretch = spool.read(some)
         counted = torch.from_numpy(stretch.counted)
         z = torch.from_numpy(activations(stretch.x_base, stretch.counted, dictionary, columns))[counted]
-        parts.append((stretch.x_base[counted].float(), stretch.x_adapted[counted].float(), z.clamp_min(0)))
+        base, adapted = (dictionary.read_part(x[counted]).float() for x in (stretch.x_base, stretch.x_adapted))
+        parts.append((base, adapted, z.clamp_min(0)))
     return Pairs(*(torch.cat(side) for side in zip(*parts, strict=True)))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+INSTEAD = "use --selector change, which runs the models over a corpus"
+"""What a user can do where weights do not say what was changed."""
 
 
 class Singular(NamedTuple):
@@ -66,6 +69,16 @@ class WeightChange:
     def __bool__(self) -> bool:
         """Whether anything is changed."""
         return bool(self.left.any()) and (self.right is None or bool(self.right.any()))
+
+
+def added_up(changes: Sequence[WeightChange]) -> WeightChange:
+    """The sum of changes of one module, all of them products of thin factors where there are several."""
+    first, *others = changes
+    rights = [change.right for change in changes if change.right is not None]
+    if not others:
+        return first
+    left = torch.cat([change.left for change in changes], dim=1)
+    return WeightChange(first.module, left, torch.cat(rights), first.vocabulary)
 
 
 @dataclass

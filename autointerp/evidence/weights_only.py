@@ -19,10 +19,9 @@ from autointerp.errors import InputError
 from autointerp.evidence.adapters import ADAPTERS
 from autointerp.evidence.directions import Block, Directions
 from autointerp.evidence.energy import Energy, Standardised, relative, standardise
-from autointerp.evidence.lora_weights import INSTEAD
 from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
-from autointerp.evidence.weight_change import WeightChange, WeightChanges
+from autointerp.evidence.weight_change import INSTEAD, WeightChange, WeightChanges
 from autointerp.evidence.wiring import WRITERS, Side, Wiring
 from autointerp.records import Role
 from autointerp.run import Run
@@ -105,9 +104,9 @@ class Streamer:
         """W_O [d, heads · width] of the attention that `module` belongs to."""
         attention = module.rpartition(".")[0]
         for leaf in WRITERS:
-            weight = None if self.base is None else self.base.weight(f"{attention}.{leaf}.weight")
+            weight = None if self.base is None else self.base.matrix(f"{attention}.{leaf}")
             if weight is not None:
-                return weight.T if self.wiring.conv1d else weight
+                return weight
         return None
 
 

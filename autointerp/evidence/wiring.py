@@ -17,10 +17,11 @@ READERS = (
     "gate_proj", "up_proj", "gate_up_proj", "c_fc", "dense_h_to_4h", "fc1", "fc_in", "w1", "w3",
 )  # fmt: skip
 """Last names of those whose input is the stream behind a norm."""
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "wpe", "embed_positions")
+TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+EMBEDDINGS = (*TOKEN_EMBEDDINGS, "wpe", "embed_positions")
 UNEMBEDDINGS = ("lm_head", "embed_out")
 _FINAL_NORMS = {"transformer.h": "transformer.ln_f", "gpt_neox.layers": "gpt_neox.final_layer_norm"}
-CONV1D = ("gpt2", "openai-gpt")
+_CONV1D = ("gpt2", "openai-gpt")
 """Model types whose linear maps are stored [in, out]."""
 _INTERLEAVED = ("gpt_neox", "bloom")
 """Fused projections in which q, k and v of each head lie together."""
@@ -129,11 +130,6 @@ class Wiring:
         """Whether norms multiply by 1 + weight."""
         return self.layout.model_type.startswith("gemma")
 
-    @property
-    def conv1d(self) -> bool:
-        """Whether linear maps are stored [in, out], as transformers' Conv1D does."""
-        return self.layout.model_type in CONV1D
-
     def _reaches(self, layer: int, child: str) -> bool:
         """Whether what this half of a block adds to the stream is part of what is read at the hook."""
         if self.hook.on_stream:
@@ -152,6 +148,13 @@ class Wiring:
 
     def _has_values(self, leaf: str) -> bool:
         return leaf in ("v_proj", "qkv_proj", "c_attn", "query_key_value")
+
+
+def stored_in_out(model_type: str, module: str) -> bool:
+    """Whether the weight of a module is stored [in, out], as transformers' Conv1D does; an embedding's is, whose map is
+    from one-hot tokens."""
+    leaf = module.rpartition(".")[2]
+    return leaf in EMBEDDINGS or (model_type in _CONV1D and leaf not in UNEMBEDDINGS)
 
 
 def _guessed(modules: Iterable[str]) -> Layout:

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from autointerp import checking
+from autointerp import adapters, checking
 
-from .world import Shell, World, read, refused
+from .world import HOOK, Shell, World, read, refused
 
 CAUSAL = "select edit, part, k, draw, loss, kl, kl_share from causal order by all"
 
@@ -56,6 +57,29 @@ def test_check_selects_where_nothing_stands_and_select_forgets_it(world: World, 
     selected = read(db, "select latent from latents where selected order by rank")
     assert selected == read(world.db, "select latent from latents where selected order by rank")
     assert read(db, "select count(*) as n from causal")[0]["n"] > 0
+
+
+def test_a_bias_is_looked_at_direction_by_direction(world: World, tmp_path: Path, shell: Shell) -> None:
+    """It writes the same on every token and so has no rows: its static part is taken apart instead."""
+    dictionary = adapters.load_dictionary(world.sae)
+    bias, weights = adapters.Bias(dictionary), torch.zeros(dictionary.d_sae)
+    weights[[5, 9]] = torch.tensor([4.0, 2.0])
+    bias.load_state_dict({"bias": weights})
+    adapters.save(bias, tmp_path / "bias", hook=HOOK, base=str(world.base), sae=str(world.sae))
+    db = tmp_path / "bias.duckdb"
+    says = shell(*world.args("check", run=tmp_path / "bias", db=db))
+    assert says.status == 0
+    found = read(db, "select part, k, kl_share from causal where edit = 'added' and part like '%directions'")
+    assert {(row["part"], row["k"]) for row in found} == {
+        (part, k) for part in ("directions", "random directions") for k in (1, 2, 5, 10, 20)
+    }
+    shares = {row["k"]: row["kl_share"] for row in found if row["part"] == "directions"}
+    assert shares[1] < shares[2]
+    assert shares[2] == pytest.approx(1, abs=1e-3)
+    assert max(row["kl_share"] for row in found if row["part"] == "random directions" and row["k"] == 2) < 0.9
+    assert "2 directions of it" in says.out
+    assert "2 random directions" in says.out
+    assert not read(world.db, "select 1 from causal where part like '%directions'"), "a LoRA has rows"
 
 
 def test_bad_input_changes_nothing(world: World, tmp_path: Path, shell: Shell) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from autointerp import cli
 from autointerp.evidence import directions
 
+from .test_transcoder import save_transcoder
 from .world import M, Shell, World, read, refused, save_sae
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.3.hook_resid_post")
@@ -136,3 +137,25 @@ def test_what_has_no_lineage(db: Path, world: World, tmp_path: Path, shell: Shel
         store.execute("UPDATE runs SET sae = ? WHERE run_id = ?", [str(sae), two])
         store.execute("UPDATE runs SET d_sae = ? WHERE run_id = ?", [M // 2, two])
     refused(shell("lineage", one, two, "--db", copied), f"run {two} selected no latent")
+
+
+def test_transcoders_are_followed_by_what_they_write(world: World, tmp_path: Path, shell: Shell) -> None:
+    """Of two layers, the second with the first one's decoder rows in another order, and an encoder of its own."""
+    store, order = tmp_path / "store.duckdb", torch.randperm(M, generator=torch.Generator().manual_seed(5))
+    for layer in (1, 2):
+        sae = save_transcoder(tmp_path / f"t{layer}", layer)
+        weights = load_file(sae / "sae_weights.safetensors")
+        if layer == 2:
+            weights["W_dec"] = weights["W_dec"][order].contiguous()
+            weights["W_enc"] = weights["W_enc"].flip(0).contiguous()
+            save_file(weights, sae / "sae_weights.safetensors")
+        options = {"sae": sae, "db": store, "selector": "mean-shift", "quiet": True}
+        assert shell(*world.args("select", **options)).status == 0
+    says = shell("lineage", *ids(store), "--db", store, "--json")
+    assert says.status == 0
+    chains = json.loads(says.out)["chains"]
+    assert chains
+    for chain in chains:
+        one, other = (member["latent"] for member in chain["members"])
+        assert order[other] == one
+        assert chain["steps"][0]["cosine"] == pytest.approx(1, abs=1e-5)

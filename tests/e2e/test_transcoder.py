@@ -14,7 +14,7 @@ from .world import WIDTH, M, Shell, World, read, refused
 IN, OUT = "blocks.2.mlp.hook_in", "blocks.2.hook_mlp_out"
 
 
-def save_transcoder(path: Path) -> Path:
+def save_transcoder(path: Path, layer: int = 2) -> Path:
     sae_class, config_class = SAE_CLASS_REGISTRY["skip_transcoder"]
     sizes: dict[str, Any] = {"d_in": WIDTH, "d_out": WIDTH, "d_sae": M, "apply_b_dec_to_input": False}
     sae: Any = sae_class(config_class(**sizes))
@@ -23,7 +23,9 @@ def save_transcoder(path: Path) -> Path:
         for weight in sae.parameters():
             torch.nn.init.normal_(weight, std=0.2)
         sae.b_enc -= 0.5
-    sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out = IN, OUT
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out = (
+        hook.replace("blocks.2", f"blocks.{layer}") for hook in (IN, OUT)
+    )
     sae.save_model(path)
     return path
 
@@ -44,11 +46,24 @@ def test_the_whole_job(world: World, tmp_path: Path, shell: Shell) -> None:
     assert str(labelled[0]["latent"]) in shell("show", str(labelled[0]["latent"]), "--db", db).out
 
 
+def test_by_cause_by_probes_and_by_gradient(world: World, tmp_path: Path, shell: Shell) -> None:
+    transcoder, db = save_transcoder(tmp_path / "t"), tmp_path / "x.duckdb"
+    args = {"sae": transcoder, "db": db, "selector": ["mean-shift", "attribution"], "quiet": True}
+    assert shell(*world.args("check", **args)).status == 0
+    found = read(db, "SELECT part, kl_share FROM causal WHERE edit = 'added'")
+    assert {row["part"] for row in found} >= {"none", "whole", "selected", "random"}
+    selected = {row["latent"] for row in read(db, "SELECT latent FROM latents WHERE selected")}
+    assert {row["latent"] for row in read(db, "SELECT latent FROM causal_latents")} <= selected
+    for probe in read(db, "SELECT r2, r2_base, r2_shuffled, cosine FROM transfer"):
+        assert probe["r2_base"] > 0.5 > abs(probe["r2_shuffled"])  # what it reads says when it fires
+    (priced,) = read(db, "SELECT count(attribution) AS n FROM latents")
+    assert priced["n"] > 0
+    figures = "SELECT figures FROM selectors WHERE selector = 'attribution'"
+    assert "by_map" in str(read(db, figures))
+
+
 def test_what_takes_one_hook_is_refused(world: World, tmp_path: Path, shell: Shell) -> None:
     transcoder, db = save_transcoder(tmp_path / "t"), tmp_path / "x.duckdb"
-    for name, says in (("attribution", "--selector attribution"), ("weights", "reading the weights alone")):
-        refused(
-            shell(*world.args("select", sae=transcoder, db=db, selector=name)), f"{says} takes one hook: give --sae"
-        )
-    refused(shell(*world.args("check", sae=transcoder, db=db)), "`autointerp check` takes one hook: give --sae")
+    says = shell(*world.args("select", sae=transcoder, db=db, selector="weights"))
+    refused(says, "reading the weights alone takes one hook: give --sae")
     assert not db.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, PeftConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -123,12 +123,36 @@ def test_a_dictionary_that_is_not_finite_is_bad_input(bare: World, shell: Shell)
 
 
 def test_what_weights_do_not_say_names_a_selector_that_can(world: World, bare: World, shell: Shell) -> None:
-    shutil.rmtree(bare.adapter)
-    config = IA3Config(target_modules=["c_attn"], feedforward_modules=[])
-    get_peft_model(AutoModelForCausalLM.from_pretrained(world.base), config).save_pretrained(str(bare.adapter))
-    refused(shell(*by_weights(bare)), "IA3 has no weight change of its own.*use --selector change")
-    refused(shell(*world.args(adapter=bare.adapter, selector="weights", db=bare.db)), "IA3.*use --selector change")
+    save_adapter(bare, world, VeraConfig(target_modules=["c_attn"], r=2))
+    refused(shell(*by_weights(bare)), "VERA has no weight change of its own.*use --selector change")
+    refused(shell(*world.args(adapter=bare.adapter, selector="weights", db=bare.db)), "VERA.*use --selector change")
     assert not bare.db.exists()
+
+
+def test_ia3_takes_the_files_of_its_base(world: World, bare: World, shell: Shell) -> None:
+    """A neuron of the MLP below the hook writes a latent; the IA3 makes it stronger, and the others hardly."""
+    weights = load_file(world.base / "model.safetensors")
+    made = Path(shutil.copytree(world.base, bare.path / "base"))
+    direction = load_file(bare.sae / "sae_weights.safetensors")["W_dec"][PLANTED]
+    weights["transformer.h.1.mlp.c_proj.weight"][11] = direction
+    save_file(weights, made / "model.safetensors", {"format": "pt"})
+    save_adapter(bare, world, IA3Config(target_modules=["mlp.c_proj"], feedforward_modules=["mlp.c_proj"]))
+    scales = load_file(bare.adapter / WEIGHTS)
+    scales["base_model.model.transformer.h.1.mlp.c_proj.ia3_l"][0, 11] = 3.0
+    save_file(scales, bare.adapter / WEIGHTS, {"format": "pt"})
+    refused(
+        shell(*by_weights(bare, base="nobody/has-this")), "IA3 rescales the base's own weights: give --base a folder"
+    )
+    assert not bare.db.exists()
+    assert shell(*by_weights(bare, base=made)).status == 0
+    (first,) = read(bare.db, "SELECT latent, role FROM latents WHERE rank = 1")
+    assert (first["latent"], first["role"]) == (PLANTED, "written")
+
+
+def save_adapter(bare: World, world: World, config: PeftConfig) -> None:
+    """An adapter fresh from peft in place of the LoRA."""
+    shutil.rmtree(bare.adapter)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(world.base), config).save_pretrained(str(bare.adapter))
 
 
 def test_labels_after_it_take_corpus_and_base(world: World, tmp_path: Path, shell: Shell) -> None:

@@ -11,6 +11,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -87,6 +88,17 @@ def test_an_adapter_that_writes_into_the_base_leaves_the_base_side_alone(tmp_pat
     with torch.inference_mode():
         assert torch.equal(base, AutoModelForCausalLM.from_pretrained(gpt2_base).eval()(ids).logits)
         assert torch.allclose(adapted, peft(ids).logits, atol=1e-4)
+
+
+def test_kasa_truncates_the_base_and_not_the_base_side(tmp_path):
+    """PEFT does so whenever such an adapter is put in, also when one is loaded."""
+    base = tiny.save_model(tmp_path / "base", "llama")
+    tiny.save_lora(tmp_path / "lora", base, [2], kasa_config=KasaConfig())
+    model = PairedModel.load(tmp_path / "lora", base, HOOK, device="cpu")
+    ids = tiny.token_ids()
+    with torch.inference_mode():
+        assert torch.equal(model.logits(ids)[0], AutoModelForCausalLM.from_pretrained(base).eval()(ids).logits)
+    assert model.pair.first_changed_layer == 2
 
 
 def test_a_checkpoint_keeps_equal_weights_once(tmp_path, gpt2_base):

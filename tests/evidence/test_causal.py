@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from autointerp.evidence import causal_single
 from autointerp.evidence.causal import HeldOut, Restoration, RowSet, row_sets, share_of
 from autointerp.evidence.causal_single import one_by_one
+from autointerp.evidence.causal_static import direction_sets
 from autointerp.evidence.dictionaries.base import Dictionary
-from autointerp.evidence.fitted import FittedMap
+from autointerp.evidence.fitted import MIN_FIRINGS, FittedMap
 from autointerp.evidence.gather import Evidence
 from autointerp.evidence.hookpoints import Layout
 from autointerp.evidence.model_pair import ModelPair
@@ -28,8 +29,9 @@ from autointerp.evidence.paired import PairedModel
 from autointerp.run import Run
 from tests import tiny
 from tests.e2e import world as calm_world
+from tests.e2e.test_transcoder import save_transcoder
 from tests.evidence.test_hooked import by_hand
-from tests.evidence.world import World, build, saved_model
+from tests.evidence.world import CONTEXT, World, build, saved_model
 
 PLANTED = [8, 10, 30]
 
@@ -138,11 +140,35 @@ def test_parity_with_plain_hooks(family: str, hook: str, tmp_path: Path) -> None
     np.testing.assert_allclose(got.sum(0), want, rtol=2e-3, atol=2e-3)
 
 
+def test_a_transcoder_is_edited_where_it_writes_by_what_it_reads(world: World, tmp_path: Path) -> None:
+    run = Run.load(
+        world.run.adapter,
+        base=str(world.base),
+        sae=str(save_transcoder(tmp_path / "t")),
+        corpus=str(world.run.corpus),
+        context_length=CONTEXT,
+        device="cpu",
+    )
+    with Evidence.load(run) as evidence:
+        fitted, restoration = fit(evidence)
+        batch = restoration.held.batch(restoration.held.sequences[:4])
+        firing = np.argsort(-fitted.statistics.base.fired)[:6].tolist()
+        (chosen,) = [s for s in row_sets(fitted, firing, (), draws=0, seed=0) if s.part == "selected"]
+        got, _ = restoration._edited(evidence.model, batch, [chosen])
+        want = Plainly(evidence, chosen, fitted, read_at="transformer.h.2.ln_2")(batch.ids, batch.counted)
+        alone = one_by_one(restoration, fitted, firing, restoration.together([chosen]).whole(), seed=0)
+    np.testing.assert_allclose(got.sum(0), want, rtol=2e-3, atol=2e-3)
+    assert abs(want[0] - want[2]).min() > 1e-2, "the edits do something"
+    assert {effect.latent for effect in alone} == set(firing)
+    assert all(effect.n_firing for effect in alone)
+
+
 class Plainly:
     """The same sums by whole forward passes."""
 
-    def __init__(self, evidence: Evidence, rows: RowSet, fitted: FittedMap):
-        self.evidence, self.rows, self.fitted = evidence, rows, fitted
+    def __init__(self, evidence: Evidence, rows: RowSet, fitted: FittedMap, read_at: str | None = None):
+        """read_at: the hook of what a transcoder encodes."""
+        self.evidence, self.rows, self.fitted, self.read_at = evidence, rows, fitted, read_at
         self.pair, self.hook = evidence.model.pair, evidence.model.hook
 
     @torch.no_grad()
@@ -150,10 +176,14 @@ class Plainly:
         seen: dict[str, Tensor] = {}
         plain = {s: self.run(s, ids, lambda x, s=s: seen.setdefault(s, x)) for s in ("base", "adapted")}
         mean, static = (torch.from_numpy(part) for part in self.fitted.centre)
-        z = (
-            self.evidence.dictionary.encode(seen["base"].flatten(0, 1))[:, self.rows.columns].double()
-            - mean[self.rows.columns]
-        )
+        if self.read_at is None:
+            encoded = seen["base"]
+        else:
+            with self.pair.base() as model, by_hand(model, self.read_at, lambda u: seen.setdefault("read", u)):
+                model(ids, use_cache=False)
+            encoded = seen["read"]
+        codes = self.evidence.dictionary.encode(encoded.flatten(0, 1))[:, self.rows.columns]
+        z = codes.double() - mean[self.rows.columns]
         delta = (static + z @ self.rows.rows.double()).float().view(seen["base"].shape) * counted[..., None]
         out = np.zeros((3, 2, 2))
         for e, (side, other, sign) in enumerate((("base", "adapted", 1), ("adapted", "base", -1))):
@@ -221,3 +251,29 @@ def test_random_rows_beside_every_number_of_selected_ones(world: World) -> None:
     for one, next_one in pairwise(drawn[:3]):  # the same draw, taken further
         assert next_one.columns[: one.k].tolist() == one.columns.tolist()
     assert [s.k for s in sets if s.part == "matched"] == [3, 3]
+
+
+def test_directions_of_a_constant_change(world: World) -> None:
+    """A bias of three planted directions: three of the pursuit's are all of it, random ones next to nothing."""
+    with Evidence.load(world.run) as evidence:
+        fitted, _ = fit(evidence)
+    live = np.flatnonzero(fitted.statistics.base.fired >= MIN_FIRINGS)
+    planted = live[[3, 9, 20]]
+    static = torch.tensor([3.0, 2.0, -1.0]).double() @ fitted.W_dec[planted]
+    fitted.statistics.stream.sum_change[:] = (static * fitted.statistics.n_tokens).numpy()
+    sets = direction_sets(fitted, (1, 2, 3, 100), draws=2, seed=0)
+    assert [(s.part, s.k, s.draw) for s in sets[:6]] == [
+        (part, k, draw)
+        for k in (1, 2)
+        for part, draw in (("directions", 0), *(("random directions", d) for d in (1, 2)))
+    ]
+    assert sets[-1].k == len(live)
+    left = {(s.k, s.draw): float((s.constant - static).norm() / static.norm()) for s in sets}
+    assert left[1, 0] > left[2, 0] > left[3, 0]
+    assert left[3, 0] < 1e-5
+    assert all(left[k, draw] > left[k, 0] + 0.2 for k in (1, 2, 3) for draw in (1, 2))
+    assert all(left[k, draw] > left[k + 1, draw] for k in (1, 2) for draw in (1, 2)), "one draw, taken further"
+    z = torch.rand(7, 48)
+    assert torch.equal(sets[0].written(z), sets[0].constant.expand(7, -1)), "the same on every token"
+    fitted.statistics.stream.sum_change[:] = 0
+    assert direction_sets(fitted, (1, 2), draws=1, seed=0) == []

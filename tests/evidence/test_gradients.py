@@ -49,6 +49,18 @@ def test_the_gradient_is_that_of_the_divergence(family: str, hook: str) -> None:
     assert all(p.grad is None for p in model.pair.model.parameters())
 
 
+def test_of_a_transcoder_it_is_taken_where_it_writes() -> None:
+    peft = tiny.add_lora(tiny.model("gpt2"), [1, 3])
+    pair, hook = ModelPair.from_peft(peft.double()), "blocks.2.hook_mlp_out"
+    ids = tiny.token_ids()
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    one, two = (PairedModel(pair, hook, tiny.tokenizer(), reads) for reads in (None, "blocks.2.mlp.hook_in"))
+    (g, v, *_), (same_g, x, *_) = (loss_gradient(model, ids, counted) for model in (one, two))
+    torch.testing.assert_close(same_g, g)
+    assert torch.equal(x[..., : tiny.WIDTH], v)
+    assert x.shape[-1] == 2 * tiny.WIDTH
+
+
 def test_small_changes_are_priced_at_what_they_do() -> None:
     """Σ⟨g, Δx⟩ is the difference of L, far closer halfway than at either end."""
     peft = tiny.add_lora(tiny.model("gpt2"), [1])

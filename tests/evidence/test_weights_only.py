@@ -1,4 +1,4 @@
-"""Weight changes as peft merges them; what they write and read, by the model itself; invariance; planted truths."""
+"""What weight changes write and read, by the model itself; invariance; planted truths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autointerp.errors import InputError
 from autointerp.evidence.adapters import detect
 from autointerp.evidence.dictionaries import load_dictionary
 from autointerp.evidence.directions import Directions, InMemory, open_directions
-from autointerp.evidence.energy import Energy, relative, standardise
+from autointerp.evidence.energy import Energy, _product_tail, relative, standardise, standardise_product
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.weight_change import WeightChange, WeightChanges
 from autointerp.evidence.weights_evidence import WeightsEvidence
@@ -32,88 +32,10 @@ from autointerp.run import Run
 from tests import tiny
 
 WEIGHTS = "adapter_model.safetensors"
-ALL = {
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-}
-LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "rslora": {"use_rslora": True, "r": 3},
-    "patterns": {"rank_pattern": {"layers.1.self_attn.o_proj": 5}, "alpha_pattern": {"v_proj": 32, "1.mlp.*": 7}},
-    "dora": {"use_dora": True},
-}
-
-
-def targets(family: str) -> list[str]:
-    return ALL.get(family, LLAMA)
-
-
-def merged_changes(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """Module → W_adapted − W_base [out, in], as peft itself merges the adapter."""
-    before = AutoModelForCausalLM.from_pretrained(base)
-    after = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).merge_and_unload()
-    old, found = dict(before.named_modules()), {}
-    for name, module in after.named_modules():
-        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2:
-            change = (module.weight - old[name].weight).detach()
-            if change.any():
-                flipped = isinstance(module, Conv1D | torch.nn.Embedding)
-                found[name] = change.T if flipped else change
-    return found
 
 
 def dense(change: WeightChange) -> torch.Tensor:
     return change.left if change.right is None else change.left @ change.right
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_changes_are_what_peft_merges(tmp_path: Path, family: str, kind: str) -> None:
-    base = tiny.save_model(tmp_path / "base", family)
-    adapter = tiny.save_lora(tmp_path / "lora", base, [0, 1], targets(family), **KINDS[kind])
-    changes = detect(adapter).weight_changes(adapter, BaseWeights.at(str(base)))
-    expected = merged_changes(base, adapter)
-    found = {change.module: dense(change) for change in changes}
-    assert found.keys() == expected.keys() == set(changes.modules)
-    for module, change in expected.items():
-        torch.testing.assert_close(found[module], change, rtol=1e-4, atol=2e-5)
-
-
-def test_embeddings_and_modules_saved_whole(tmp_path: Path) -> None:
-    base = tiny.save_model(tmp_path / "base", "llama")
-    model = tiny.add_lora(
-        AutoModelForCausalLM.from_pretrained(base), [1], ["o_proj"], modules_to_save=["lm_head", "embed_tokens"]
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "modules_to_save" in name:
-                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-    model.save_pretrained(str(tmp_path / "lora"))
-    changes = detect(tmp_path / "lora").weight_changes(tmp_path / "lora", BaseWeights.at(str(base)))
-    expected = merged_changes(base, tmp_path / "lora")
-    found = {change.module: change for change in changes}
-    assert found.keys() == expected.keys() == {
-        "lm_head", "model.embed_tokens", "model.layers.1.self_attn.o_proj"
-    }  # fmt: skip
-    for module, change in expected.items():
-        torch.testing.assert_close(dense(found[module]), change, rtol=1e-4, atol=2e-5)
-    embedding = found["model.embed_tokens"]
-    torch.testing.assert_close(
-        embedding.outputs @ embedding.outputs.T, dense(embedding) @ dense(embedding).T / tiny.VOCAB
-    )
-    without = detect(tmp_path / "lora").weight_changes(tmp_path / "lora", None)
-    assert [change.module for change in without] == ["model.layers.1.self_attn.o_proj"]
-    assert sorted(without.left_out) == [f"{m} (saved whole; needs --base)" for m in ("lm_head", "model.embed_tokens")]
-
-
-def test_lora_on_an_embedding(tmp_path: Path) -> None:
-    base = tiny.save_model(tmp_path / "base", "gpt2", tie_word_embeddings=False)
-    model = tiny.add_lora(AutoModelForCausalLM.from_pretrained(base), [], ["wte"], layers_to_transform=None)
-    model.save_pretrained(str(tmp_path / "lora"), save_embedding_layers=False)
-    (change,) = detect(tmp_path / "lora").weight_changes(tmp_path / "lora", None)
-    torch.testing.assert_close(dense(change), merged_changes(base, tmp_path / "lora")["transformer.wte"])
-    assert change.vocabulary == tiny.VOCAB
 
 
 @pytest.mark.parametrize(
@@ -273,6 +195,22 @@ def test_standardising_knows_neither_scale_nor_the_dead() -> None:
     assert np.isnan(one.z[7])
     assert one.q[7] == 1
     assert (standardise(np.full(5, 2.0)).q == 1).all()
+
+
+def test_products_of_factors_that_do_not_know_each_other() -> None:
+    """Their tail is what is drawn; far out it goes on without a step and never is zero."""
+    rng = np.random.default_rng(0)
+    one, other = 3 * rng.standard_normal(10**6), 0.2 * rng.standard_normal(10**6)
+    found = standardise_product(one, other)
+    assert found.q.min() > 0.05
+    for t in (0.5, 2.0, 5.0):
+        assert (np.abs(one * other / 0.6) > t).mean() == pytest.approx(_product_tail(np.array(t)), rel=0.1)
+    tail = _product_tail(np.array([19.99, 20.01, 500.0]))
+    assert tail[1] == pytest.approx(tail[0], rel=0.05)
+    assert 0 < tail[2] < 1e-200
+    one[7], other[7] = 30, 2.0
+    assert np.flatnonzero(standardise_product(one, other).q < 0.01).tolist() == [7]
+    assert (standardise_product(np.zeros(5), np.ones(5)).q == 1).all()
 
 
 # Planted truths on the demo's dictionary

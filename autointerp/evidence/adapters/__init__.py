@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, View, detect, format_of, local_folder
+from autointerp.evidence.adapters.base import (
+    ADAPTERS,
+    AdapterFormat,
+    View,
+    detect,
+    format_of,
+    local_folder,
+    separate,
+    together,
+)
 
-__all__ = ["ADAPTERS", "AdapterFormat", "View", "detect", "format_of", "local_folder"]
+__all__ = ["ADAPTERS", "AdapterFormat", "View", "detect", "format_of", "local_folder", "separate", "together"]

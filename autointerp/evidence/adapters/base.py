@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from autointerp.errors import InputError
 from autointerp.evidence.hub import snapshot
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.gguf", "*.model")
 _CHUNK = 1 << 20
+_TOGETHER = " + "
+
+
+class Member(NamedTuple):
+    """One of several adapters that are active together."""
+
+    name: str
+    """Of its folder; `default` for the one that lies above the others."""
+    path: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,8 @@ class AdapterFormat(ABC):
     """Whether files of a more special format also look like this one, so that the others are asked first."""
     on_latents: bool = False
     """Whether its weights are read in the latents of its dictionary (latent_weights.py), not as changed matrices."""
+    several: bool = False
+    """Whether it is of several adapters that are active together; takes what `together` makes of their folders, too."""
 
     @abstractmethod
     def matches(self, path: Path) -> bool:
@@ -69,6 +82,10 @@ class AdapterFormat(ABC):
     def assumed(self, spec: str | Path) -> str | None:
         """What is taken for granted because the files do not say it, in words for the user; None where nothing is."""
         return None
+
+    def members(self, spec: str | Path) -> list[Member]:
+        """The adapters that are active together, in the order in which they act; none where there is only one."""
+        return []
 
     def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
         """What the files alone say of the changed weight matrices; `base` is None where the base is not here.
@@ -109,6 +126,10 @@ ADAPTERS: Registry[AdapterFormat] = Registry("adapter format", "autointerp.evide
 
 def detect(spec: str | Path) -> AdapterFormat:
     """The format of the adapter at a path or hub id, its files checked; InputError, in one line, otherwise."""
+    if len(separate(spec)) > 1:
+        found = next(candidate for _, candidate in ADAPTERS.items() if candidate.several)
+        found.check(Path(spec))
+        return found
     folder = local_folder(spec)
     if (found := format_of(folder)) is not None:
         found.check(folder)
@@ -116,6 +137,8 @@ def detect(spec: str | Path) -> AdapterFormat:
     below = sorted(file.parent for file in folder.glob("*/adapter_config.json"))
     below = below or sorted(file.parent for file in folder.glob("*/config.json"))
     hint = f"give --adapter {below[-1]}" if below else "give --adapter a PEFT folder or a checkpoint"
+    if len(below) > 1:
+        hint += ", or --adapter once for each of those to be taken together"
     raise InputError(
         f"adapter {spec}: no adapter_config.json, nor config.json with weights, nor any other file of a format we read"
         f" ({', '.join(ADAPTERS.names())}); {hint}"
@@ -126,6 +149,22 @@ def format_of(folder: Path) -> AdapterFormat | None:
     """The format that a folder looks like, its files unchecked; None if it looks like none."""
     formats = sorted((format for _, format in ADAPTERS.items()), key=lambda format: format.generic)
     return next((candidate for candidate in formats if candidate.matches(folder)), None)
+
+
+def together(specs: Sequence[str]) -> str:
+    """Adapters that are to be active together, as one path: a readable list of them. InputError where one is named
+    twice, and for names that `separate` could not take apart again."""
+    for spec in specs:
+        if _TOGETHER in spec and len(specs) > 1:
+            raise InputError(f"adapter {spec}: {_TOGETHER!r} in a path stands between adapters; rename the folder")
+        if specs.count(spec) > 1:
+            raise InputError(f"adapter {spec}: is named twice; name each adapter once")
+    return _TOGETHER.join(specs)
+
+
+def separate(spec: str | Path) -> list[str]:
+    """The paths or hub ids in an adapter's: one, or several that are active together."""
+    return [str(spec)] if Path(spec).is_dir() else str(spec).split(_TOGETHER)
 
 
 def local_folder(spec: str | Path) -> Path:

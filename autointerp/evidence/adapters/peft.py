@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from autointerp.evidence.model_pair import ModelPair
+    from autointerp.evidence.peft_weights import PeftFiles
     from autointerp.evidence.tensor_files import BaseWeights
     from autointerp.evidence.weight_change import WeightChanges
 
@@ -61,33 +64,53 @@ class PeftFormat(AdapterFormat):
         return located(read_json(folder / CONFIG, "adapter").get("base_model_name_or_path"), folder)
 
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
-        from autointerp.evidence.loading import load_causal_lm
-        from autointerp.evidence.model_pair import PeftPair, TwoModels, alters_base
-
-        folder = local_folder(spec)
-        config = _config(folder)
-        model = load_causal_lm(base, dtype=dtype, device=device)
-        peft = _attached(model, folder, base)
-        if alters_base(config) is None:
-            return PeftPair(peft)
-        # Switched off, such an adapter leaves weights that are not the base's; merged, it is a checkpoint like any.
-        merged = peft.merge_and_unload()
-        return TwoModels(load_causal_lm(base, dtype=dtype, device=device), merged, f"adapter {folder}")
+        return load_active([local_folder(spec)], base, dtype=dtype, device=device)
 
     def load_onto(self, spec: str | Path, base: str, view: View, model: PreTrainedModel) -> ModelPair:
-        from autointerp.evidence.model_pair import PeftPair, alters_base
-
-        folder = local_folder(spec)
-        if alters_base(_config(folder)) is not None:
-            return self.load_for(spec, base, view, dtype=model.dtype, device=model.device)
-        return PeftPair(_attached(model, folder, base))
+        return load_active_onto([local_folder(spec)], base, model)
 
     def weight_changes(self, spec: str | Path, base: BaseWeights | None) -> WeightChanges:
-        from autointerp.evidence.lora_weights import lora_changes
-        from autointerp.evidence.weight_files import read_json
+        from autointerp.evidence.peft_weights import peft_changes
 
-        folder = local_folder(spec)
-        return lora_changes(folder, read_json(folder / CONFIG, "adapter"), folder / str(_weights(folder)), base)
+        return peft_changes([peft_files(local_folder(spec), base)])
+
+
+def load_active(
+    folders: Sequence[Path], base: str, *, dtype: str | torch.dtype, device: str | torch.device
+) -> ModelPair:
+    """The base with the adapters in these folders, all of them active, which act in this order."""
+    from autointerp.evidence.loading import load_causal_lm
+    from autointerp.evidence.model_pair import TwoModels
+
+    model = load_causal_lm(base, dtype=dtype, device=device)
+    if not _alter_base(folders):
+        return load_active_onto(folders, base, model)
+    # Switched off, such an adapter leaves weights that are not the base's; merged, it is a checkpoint like any.
+    merged = _attached(model, folders, base).merge_and_unload()
+    return TwoModels(load_causal_lm(base, dtype=dtype, device=device), merged, f"adapter {folders[0]}")
+
+
+def load_active_onto(folders: Sequence[Path], base: str, model: PreTrainedModel) -> ModelPair:
+    """The same on a base that is in memory, unless the adapters change its own weights."""
+    from autointerp.evidence.model_pair import PeftPair
+
+    if _alter_base(folders):
+        return load_active(folders, base, dtype=model.dtype, device=model.device)
+    return PeftPair(_attached(model, folders, base))
+
+
+def peft_files(folder: Path, base: BaseWeights | None) -> PeftFiles:
+    """The files in `folder` by what is in them."""
+    from autointerp.evidence.peft_weights import PeftFiles
+    from autointerp.evidence.weight_files import read_json
+
+    return PeftFiles.open(folder, read_json(folder / CONFIG, "adapter"), folder / str(_weights(folder)), base)
+
+
+def _alter_base(folders: Sequence[Path]) -> bool:
+    from autointerp.evidence.model_pair import alters_base
+
+    return any(alters_base(_config(folder)) is not None for folder in folders)
 
 
 def _weights(folder: Path) -> str | None:
@@ -127,15 +150,36 @@ def _config(folder: Path) -> PeftConfig:
     return config
 
 
-def _attached(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
-    """`model` with the adapter in it; InputError where the adapter does not fit it."""
+def _attached(model: PreTrainedModel, folders: Sequence[Path], base: str) -> PeftModel:
+    """`model` with the adapters in it, all active; InputError where one does not fit it, or not the others."""
     from peft import PeftModel
 
+    names = [f"adapter_{k}" for k in range(len(folders))]
+    device = str(model.device)
+    with _fitting(folders[0], base):
+        peft = PeftModel.from_pretrained(model, str(folders[0]), names[0], torch_device=device)
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        with _fitting(folder, base):
+            peft.load_adapter(str(folder), name, torch_device=device)
+    if len(folders) > 1:
+        try:
+            peft.base_model.set_adapter(names, inference_mode=True)  # pyright: ignore[reportCallIssue]
+        except ValueError as error:
+            raise InputError(
+                f"adapter {folders[0]} cannot be active together with {folders[1]} ({str(error).splitlines()[0]}); give"
+                " --adapter one of them"
+            ) from error
+    return peft.eval()
+
+
+@contextmanager
+def _fitting(folder: Path, base: str) -> Iterator[None]:
+    """Turns what PEFT says of an adapter that is not one of this model into one InputError."""
     mend = "it was trained on another model: give its own with --base"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            peft = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+            yield
         except (ValueError, RuntimeError, KeyError, AttributeError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = lines[min(1, len(lines) - 1)][:160] if lines else type(error).__name__
@@ -143,7 +187,6 @@ def _attached(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
     for warning in caught:
         if "missing adapter keys" in str(warning.message):
             raise InputError(f"adapter {folder} does not fit base {base} (some of its layers have no weights); {mend}")
-    return peft.eval()
 
 
 ADAPTERS.register("peft")(PeftFormat())

@@ -109,6 +109,10 @@ class Dictionary(ABC):
     relative_norm: Tensor | None = None
     """‖d_adapted‖ / (‖d_base‖ + ‖d_adapted‖) of each latent [m]; None unless it has a decoder for both models."""
 
+    def read_part(self, x: Tensor) -> Tensor:
+        """What of activations x [..., d], or [v | u] of a transcoder, is encoded [..., d_in]."""
+        return x if self.hook_in is None else x[..., -self.d_in :]
+
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Latent activations z [n, m] float32 of activations x [n, d] of any float dtype."""

@@ -131,9 +131,7 @@ class Linear(_Decoding):
     def _centred(self, x: Tensor) -> Tensor:
         # b_dec is subtracted rather than folded into the bias: it costs 1/m of the product, and folding would lose
         # digits where the stream has large coordinates that b_dec cancels.
-        if self.hook_in is not None:
-            x = x[:, -self.d_in :]  # of [v | u]
-        u = self.normalisation.apply(x.to(self.W_enc.dtype))
+        u = self.normalisation.apply(self.read_part(x).to(self.W_enc.dtype))
         return u - self.b_dec if self.subtract_b_dec else u
 
 

@@ -26,5 +26,5 @@ def refuse_transcoder(dictionary: Dictionary, what: str) -> None:
     if dictionary.hook_in is not None:
         raise InputError(
             f"{dictionary.format}: reads {dictionary.hook_in} and writes {dictionary.hook}, {what} takes one hook: give"
-            " --sae an autoencoder; select, label and show work with a transcoder"
+            " --sae an autoencoder; select, label, check and show work with a transcoder"
         )
