@@ -39,7 +39,7 @@ CHARS_PER_DOCUMENT = 2000
 BATCHES = (1024, 4096)
 """Positions of the floor's batches: it takes the quicker of these, as the first WARM_UP positions tell."""
 WARM_UP = 32_768
-GPT2_LATENTS, GPT2_L0, GPT2_HOOK, GPT2_ADAPTED = 24_576, 60, 8, list(range(3, 12))
+GPT2_LATENTS, GPT2_L0, GPT2_SPREAD, GPT2_HOOK, GPT2_ADAPTED = 24_576, 60, 1.0, 8, list(range(3, 12))
 
 
 @dataclass(frozen=True)
@@ -97,28 +97,18 @@ def _texts(tokens: int) -> Iterator[str]:
 
 
 def _write_gpt2(folder: Path, tokenizer: Path, flags: dict[str, Any]) -> None:
-    """GPT-2 small with random weights, a random LoRA, and a random SAE whose biases give a realistic L0."""
+    """GPT-2 small with random weights, a random LoRA, and a SAE of random directions with a realistic L0."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from sae_lens import StandardSAE, StandardSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    from benchmarks.drawn import save_drawn
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval()
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder / "model")
-    hook = f"blocks.{GPT2_HOOK}.hook_resid_post"
-    config = StandardSAEConfig(
-        d_in=768,
-        d_sae=GPT2_LATENTS,
-        device="cpu",
-        dtype="float32",
-        metadata=SAEMetadata(hook_name=hook, prepend_bos=True),
-    )
-    sae = StandardSAE(config)
-    directions = torch.nn.functional.normalize(torch.randn(GPT2_LATENTS, 768), dim=1)
-    sae.W_dec.data, sae.W_enc.data = directions, directions.T.contiguous()
+    directions = torch.randn(GPT2_LATENTS, 768)
     (folder / "run.yaml").write_text("base: model\nadapter: adapter\nsae: sae\n")
     lora = LoraConfig(
         r=8, target_modules=["c_attn", "c_fc", "c_proj"], layers_to_transform=GPT2_ADAPTED, fan_in_fan_out=True
@@ -128,18 +118,12 @@ def _write_gpt2(folder: Path, tokenizer: Path, flags: dict[str, Any]) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
     adapted.save_pretrained(str(folder / "adapter"))
-    sae.save_model(folder / "sae")
-    # How often latents fire is spread over orders of magnitude, as in trained ones, and sums to the wanted L0.
-    rate = torch.exp(torch.randn(GPT2_LATENTS))
-    rate = (rate * GPT2_L0 / rate.sum()).clamp(max=0.5)
-    loaded = Loaded.load({"path": str(folder)} | flags)
-    x = loaded.sample(8192)
-    for part in range(0, GPT2_LATENTS, 1024):
-        latents = slice(part, part + 1024)
-        pre = (x @ sae.W_enc[:, latents]).sort(dim=0, descending=True).values
-        at = (rate[latents] * len(x)).long().clamp(max=len(x) - 1)
-        sae.b_enc.data[latents] = -pre.gather(0, at[None])[0]
-    sae.save_model(folder / "sae")
+
+    def save(x: torch.Tensor) -> None:
+        save_drawn(folder / "sae", f"blocks.{GPT2_HOOK}.hook_resid_post", directions, x, GPT2_L0, GPT2_SPREAD)
+
+    save(torch.randn(2, 768))  # some dictionary, by which the activations can be read that its biases hang on
+    save(Loaded.load({"path": str(folder)} | flags).sample(8192))
 
 
 class Loaded:

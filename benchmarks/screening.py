@@ -1,12 +1,13 @@
 """What is lost when a dictionary is too large for the whole change map, and what the rest takes of memory.
 
     python -m benchmarks.screening [--latents 24576 65536] [--tokens N] [--steps N] [--batch N] [--saes FOLDER]
-                                   [--write FILE]
+                                   [--drawn] [--write FILE]
 
 For each size a SAE is trained on the demo's base model, seeded, as the demo's own was, and kept in FOLDER where one is
-given. Screening chooses `MAX_TRACKED` latents on the first tenth of the text; the map of these, and the map of every
-latent that fires, are fitted on the other nine tenths: the same tokens, fitted and held out alike. Peak memory is that
-of a fresh process which runs the tool's own selection on all the text.
+given; or, with --drawn, one is drawn in seconds, with directions of single tokens and latents that fire as unevenly.
+Screening chooses `MAX_TRACKED` latents on the first tenth of the text; the map of these, and the map of every latent
+that fires, are fitted on the other nine tenths: the same tokens, fitted and held out alike. Peak memory is that of a
+fresh process which runs the tool's own selection on all the text.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 K = 50
 """Latents whose coverage is compared."""
+DRAWN_TOKENS, DRAWN_L0, DRAWN_SPREAD = 16_384, 40, 3.0
+"""Of drawn dictionaries: such a spread that of 65,536 latents as many fire as of a trained SAE of 24,576."""
 
 
 def train(sae: str, n_latents: int, steps: int, batch: int) -> None:
@@ -45,6 +48,25 @@ def train(sae: str, n_latents: int, steps: int, batch: int) -> None:
     model = language_model.load_base(ORGANISM / "model")
     model.to(torch_device("auto"))  # pyright: ignore[reportArgumentType]
     dictionary.train_sae(model, windows, steps, batch, 0, Path(sae), n_latents)
+
+
+def draw(sae: str, n_latents: int) -> None:
+    """Draws a dictionary into its folder, unless it is there: directions half of a token of the text, half random."""
+    if Path(sae).exists():
+        return
+    import torch
+    from torch.nn.functional import normalize
+
+    from autointerp.demo import ORGANISM
+    from autointerp.demo.dictionary import HOOK
+    from benchmarks.collection import Loaded
+    from benchmarks.drawn import save_drawn
+
+    torch.manual_seed(0)
+    x = Loaded.load({"path": str(ORGANISM), "device": "cpu"}).sample(DRAWN_TOKENS)
+    tokens = normalize(x - x.mean(0), dim=1)[torch.randint(len(x), (n_latents,))]
+    directions = tokens + normalize(torch.randn_like(tokens), dim=1)
+    save_drawn(Path(sae), HOOK, directions, x, DRAWN_L0, DRAWN_SPREAD)
 
 
 def settings(sae: str, tokens: int) -> dict[str, object]:
@@ -113,6 +135,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="that the SAEs train for")
     parser.add_argument("--batch", type=int, default=4, help="windows of a training step")
     parser.add_argument("--saes", type=Path, help="where trained SAEs are kept and looked for")
+    parser.add_argument("--drawn", action="store_true", help="draw the dictionaries instead of training them")
     parser.add_argument("--write", type=Path, help="a Markdown file for the tables")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -122,18 +145,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, taken = [], []
         for n in args.latents:
-            sae = str((args.saes or Path(folder)) / f"sae-{n}-{args.steps}-{args.batch}")
-            _in_a_fresh_process("train", sae=sae, n_latents=n, steps=args.steps, batch=args.batch)
+            name = f"drawn-{n}" if args.drawn else f"sae-{n}-{args.steps}-{args.batch}"
+            sae = str((args.saes or Path(folder)) / name)
+            if args.drawn:
+                _in_a_fresh_process("draw", sae=sae, n_latents=n)
+            else:
+                _in_a_fresh_process("train", sae=sae, n_latents=n, steps=args.steps, batch=args.batch)
             rows.append(_in_a_fresh_process("compare", sae=sae, tokens=args.tokens))
             taken.append(_in_a_fresh_process("selection", sae=sae, tokens=args.tokens))
     from benchmarks.planting import publish
 
-    sizes = " ".join(map(str, args.latents))
+    options = f"--latents {' '.join(map(str, args.latents))} --tokens {args.tokens}"
+    if args.drawn:
+        options += " --drawn"
+        made = (
+            "dictionaries of these sizes, drawn: directions half of a token of the text and half random, biases by "
+            f"which they fire as unevenly as trained ones, {DRAWN_L0} at a token."
+        )
+    else:
+        options += f" --steps {args.steps} --batch {args.batch}"
+        made = f"SAEs of these sizes, trained on the demo's base model for {args.steps} steps."
     publish(
         f"""# Large dictionaries: the change map by screening
 
-`python -m benchmarks.screening --latents {sizes} --tokens {args.tokens} --steps {args.steps} --batch {args.batch}`: \
-SAEs of these sizes, trained on the demo's base model for {args.steps} steps. Screening ranks latents on the first \
+`python -m benchmarks.screening {options}`: {made} Screening ranks latents on the first \
 tenth of the text; both maps are fitted on the rest. Coverage: held-out share of the change that the best {K} latents \
 explain; R²: that all of the map's do. Time: fit and choice, of the screened map over the whole one's.
 
@@ -162,7 +197,7 @@ def _in_a_fresh_process(step: str, **given: object) -> str:
     return printed.rpartition("\n")[2]
 
 
-STEPS = {"train": train, "compare": compare, "selection": selection}
+STEPS = {"train": train, "draw": draw, "compare": compare, "selection": selection}
 
 if __name__ == "__main__":
     main()

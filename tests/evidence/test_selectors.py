@@ -114,6 +114,19 @@ def test_revived_latents_are_selected_where_the_text_wakes_them() -> None:
     assert list(states[39:43]) == ["live", "revived", "revived", "live"]
 
 
+def test_latents_that_many_rows_write_to_have_places_beside_the_revived() -> None:
+    still = synthetic.stream(gain=0.8, noise=0.05)
+    z, z_adapted = still.z.copy(), still.z_adapted.copy()
+    z[:, 40:44] = 0
+    z_adapted[:, 40:44] = z[:, 3:7]
+    added = z[:, 3:7] @ still.W_dec[40:44] + 2 * z[:, :16].sum(1, keepdims=True) * still.W_dec[30]
+    ranking = ask("change", top=20, stream=replace(still, z=z, z_adapted=z_adapted, change=still.change + added))
+    written = [latent for latent, role in zip(ranking.latents, ranking.roles, strict=True) if role == "written"]
+    assert len(written) == 2
+    assert written[1] == 30
+    assert written[0] in range(40, 44)
+
+
 def test_mean_shift_and_random() -> None:
     shift = np.abs(STREAM.z_adapted.mean(0) - STREAM.z.mean(0))
     ranking = ask("mean-shift", top=7)

@@ -8,6 +8,7 @@ write to, or that fire only since the training (role `written`). Where most of t
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -85,14 +86,17 @@ def _static_places(fitted: FittedMap, top: int, n_read: int) -> int:
 
 
 def _written(fitted: FittedMap, read: list[int], revived: np.ndarray, places: int) -> list[int]:
-    """Latents outside `read` that fire only since the training, or that MIN_WRITERS rows of `read` write to."""
+    """Latents outside `read` that fire only since the training, and that MIN_WRITERS rows of `read` write to, in turn:
+    neither sort, of which there may be many, is to leave the other without a place."""
     revived = revived[np.argsort(-mean_shift_size(fitted)[revived])]
     writers: Counter[int] = Counter()
     for targets in decompose_all(fitted.rows[fitted.positions(read)], fitted.W_dec, N_TARGETS, own=read):
         writers.update(target for target, _ in targets[1:])
     needed = max(MIN_WRITERS, len(read) // 10)
     hubs = [target for target, n in writers.most_common() if n >= needed]
-    return [latent for latent in dict.fromkeys([*revived.tolist(), *hubs]) if latent not in read][:places]
+    sorts = ([latent for latent in sort if latent not in read] for sort in (revived.tolist(), hubs))
+    ranked = (latent for turn in zip_longest(*sorts) for latent in turn if latent is not None)
+    return list(dict.fromkeys(ranked))[:places]
 
 
 def _revived(fitted: FittedMap) -> np.ndarray:
