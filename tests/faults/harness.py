@@ -120,7 +120,7 @@ async def ask(engine, i):
 
 async def run():
     with Store.open(Path(sys.argv[1]) / "store.duckdb") as store:
-        settings = LabelingSettings("run", concurrency=4)
+        settings = LabelingSettings("run", concurrency=int(sys.argv[3]))
         engine = Engine(make_provider("openai", "gpt-6-luna", settings), store, settings)
         await asyncio.gather(*(ask(engine, i) for i in range(int(sys.argv[2]))))
         await engine.aclose()
@@ -129,12 +129,19 @@ asyncio.run(run())
 """
 
 
-async def start_child(folder: Path, n: int) -> asyncio.subprocess.Process:
+async def start_child(folder: Path, n: int, concurrency: int = 4) -> asyncio.subprocess.Process:
     """Another process that asks questions 0 … n−1 with the store in `folder`, and the endpoint of the environment."""
     tests = Path(__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CHILD, str(folder), str(n), env=environment, stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        "-c",
+        CHILD,
+        str(folder),
+        str(n),
+        str(concurrency),
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from pathlib import Path
 
@@ -205,5 +206,16 @@ def test_a_server_without_structured_output_is_remembered(tmp_path: Path, provid
             await asyncio.gather(*asks)
             assert [where in request for request in b.server.requests] == [True, False, False, False]
             assert sorted(b.statuses()) == ["error", "ok", "ok", "ok"]
+
+    asyncio.run(run())
+
+
+def test_what_is_loaded_is_not_looked_through_for_garbage_while_an_engine_is_open(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD)) as b:
+            assert gc.get_freeze_count() == 0
+            await b.engine.ask(question(), word, latent=0, purpose="label")
+            assert gc.get_freeze_count() > 10_000
+        assert gc.get_freeze_count() == 0
 
     asyncio.run(run())

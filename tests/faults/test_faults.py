@@ -57,16 +57,18 @@ def test_a_limit_pauses_the_others_too(tmp_path: Path):
     asyncio.run(run())
 
 
-def test_a_refused_connection_was_never_sent_and_costs_nothing(tmp_path: Path):
+def test_a_refused_connection_was_never_sent_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     async def run():
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
             async with bench(tmp_path, respond=says(GOOD)) as b:
-                b.engine.provider.endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+                monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+                engine = b.make("run")
                 with pytest.raises(Terminal, match="given up after 5 attempts: connection failed"):
-                    await b.engine.ask(question(), word, latent=0, purpose="label")
+                    await engine.ask(question(), word, latent=0, purpose="label")
+                await engine.aclose()
                 assert b.statuses() == ["error"] * 5
-                assert b.engine.spend.usd_in_doubt == 0
+                assert engine.spend.usd_in_doubt == 0
 
     asyncio.run(run())
 

@@ -6,11 +6,14 @@ import asyncio
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autointerp.labeling.llm.concurrency import CUT, FIRST, Slots
+from autointerp.errors import ProviderError
+from autointerp.labeling.llm.concurrency import ALONE_S, CUT, FIRST, Slots
+from autointerp.labeling.llm.faults import Interrupted
 from autointerp.labeling.llm.limits import Limits, TokenWindow
 from autointerp.labeling.llm.sending import Retries
 
@@ -60,18 +63,19 @@ def test_input_and_output_have_limits_of_their_own_and_a_large_question_still_go
 
 
 def test_it_is_the_sending_that_counts_not_the_leave():
-    """What is sent long after it was granted leaves less room for so much longer."""
+    """What is sent long after it was granted leaves less room for so much longer, even a whole period after."""
 
-    async def run(limits: Limits) -> float:
+    async def run(limits: Limits, late_s: float) -> float:
         grant = await limits.admit_tokens(100, 0)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(late_s)
         limits.sent(grant)
         began = time.monotonic()
         limits.sent(await limits.admit_tokens(100, 0))
         return time.monotonic() - began
 
     for limit in ({"rpm": 1}, {"tpm": 100}):
-        assert asyncio.run(run(Limits(**limit, period_s=0.3))) >= 0.3
+        for late_s in (0.2, 0.4):
+            assert asyncio.run(run(Limits(**limit, period_s=0.3), late_s)) >= 0.3
 
 
 def test_what_a_question_takes_is_learnt_from_the_answers(tmp_path: Path):
@@ -110,6 +114,88 @@ def test_one_goes_alone_and_then_the_number_doubles_while_nobody_objects():
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         assert slots.in_use == 100
+
+    asyncio.run(run())
+
+
+def test_who_is_not_refused_for_a_while_is_alone_no_longer():
+    async def run():
+        slots = Slots(100, ramp_s=10, alone_s=0.05)
+        waiting = [asyncio.create_task(slots.acquire()) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        assert slots.in_use == 1, "it is the sending that begins the while"
+        slots.sent()
+        slots.release()  # an answer that says nothing yet of all others: the next is alone, too
+        await asyncio.sleep(0.1)
+        assert slots.in_use == 1
+        slots.sent()
+        await asyncio.sleep(0.1)
+        assert slots.in_use == FIRST
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_wrong_key_costs_one_call_though_the_refusal_takes_its_time(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, [replace(error(401, "no such key"), delay_s=0.05)], concurrency=20) as b:
+            asks = (b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(40))
+            found = await asyncio.gather(*asks, return_exceptions=True)
+            assert {type(error) for error in found} == {ProviderError}
+            assert len(b.server.requests) == len(b.calls()) == 1
+
+    asyncio.run(run())
+
+
+def test_no_more_than_a_moment_is_lost_until_the_first_slow_answer(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), latency_s=2.0, concurrency=20) as b:
+            asks = (b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(20))
+            await asyncio.gather(*asks)
+            first, second, *_, last = sorted(at for at, _ in b.server.arrivals)
+            assert second - first >= 0.8 * ALONE_S
+            assert last - first < 2.0
+
+    asyncio.run(run())
+
+
+def test_a_few_calls_are_ready_before_there_is_a_slot_and_leave_no_trace_when_none_comes(tmp_path: Path):
+    async def run():
+        async with bench(tmp_path, respond=says(GOOD), latency_s=2.0, concurrency=10) as b:
+            asks = [asyncio.create_task(b.engine.ask(question(i), word, latent=i, purpose="label")) for i in range(40)]
+            while len(b.calls()) < 12:
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.2)
+            assert b.statuses() == ["sent"] * 12, "two more than may be in flight"
+            assert len(b.server.requests) == 10
+            await b.engine.drain()
+            found = await asyncio.gather(*asks, return_exceptions=True)
+            assert [type(reply) for reply in found].count(Interrupted) == 30
+            assert b.statuses() == ["ok"] * len(b.server.requests) == ["ok"] * 10
+            assert b.engine.spend.calls == 10
+            assert not b.engine._ledger._reserved
+
+    asyncio.run(run())
+
+
+def test_a_call_that_was_ready_waits_for_the_end_of_a_pause(tmp_path: Path):
+    async def run():
+        def limited() -> Fault | None:
+            if len(b.server.requests) != 11:
+                return None
+            refused.append(time.monotonic())
+            return error(429, "slow down", retry_after="1")
+
+        refused: list[float] = []
+        retries = Retries(longest_wait_s=2.0)
+        async with bench(tmp_path, respond=says(GOOD), latency_s=0.2, concurrency=10, retries=retries) as b:
+            b.server.choose = limited
+            await asyncio.gather(*(b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(30)))
+            known = refused[0] + 0.4  # its own latency, and a moment
+            assert not [at for at, _ in b.server.arrivals if known < at < refused[0] + 1.0]
+            assert b.statuses().count("error") == 1
 
     asyncio.run(run())
 
@@ -196,6 +282,7 @@ def test_a_server_with_room_for_few_is_found_out(tmp_path: Path):
         retries = Retries(first_wait_s=0.002, longest_wait_s=0.01)
         async with bench(tmp_path, respond=says(GOOD), latency_s=0.03, concurrency=64, retries=retries) as b:
             b.server.choose = refuse
+            b.engine.slots._ramp_s = 1.0  # refusals come back before the next doubling, on a busy machine too
             asks = (b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(120))
             assert {reply.value for reply in await asyncio.gather(*asks)} == {"yes"}
             assert 6 <= b.engine.slots.limit <= 16

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,18 +177,20 @@ def test_after_kill_9_nothing_acknowledged_is_lost_and_the_stale_replica_is_igno
 def test_a_writer_waits_for_a_passing_query(tmp_path: Path):
     path = make_store(tmp_path / "a.duckdb")
     script = """
-        import sys, time
+        import sys
         from autointerp.store import Store
         with Store.open(sys.argv[1], "read"):
             print("ready", flush=True)
-            time.sleep(0.2)
+            sys.stdin.read()
     """
     command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         with pytest.raises(InputError, match="in use"):
             Store.open(path, lock_wait_s=0.0)
+        threading.Timer(0.2, process.stdin.close).start()
         Store.open(path, lock_wait_s=20).close()
 
 

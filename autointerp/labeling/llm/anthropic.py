@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from typing import Any
 
 from autointerp.labeling.llm.clients import Clients
 from autointerp.labeling.llm.prices import Price
-from autointerp.labeling.llm.provider import Answer, Request, count, decode, from_sdk, garbage
+from autointerp.labeling.llm.provider import Answer, Request, count, decode, garbage
 
 _HOME = "https://api.anthropic.com"
 _FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "refusal": "refusal"}
@@ -27,28 +26,18 @@ class AnthropicProvider:
         self.model = model
         self.endpoint = (os.environ.get("ANTHROPIC_BASE_URL") or _HOME).rstrip("/")
         self.price = price
-        self.timeout_s = timeout_s
-        self.key = key
-        self._clients: Clients | None = None
+        token = not os.environ.get("ANTHROPIC_API_KEY", "").strip()  # then the key is ANTHROPIC_AUTH_TOKEN's
+        known = {"api_key": None, "auth_token": key} if token else {"api_key": key, "auth_token": None}
+        self.clients = Clients("anthropic", "AsyncAnthropic", key, timeout_s, base_url=self.endpoint, **known)
         self._effort = True
         self._structured = True
         self._caches = True
 
-    async def complete(self, request: Request) -> Answer:
-        import anthropic
-        import httpx2
+    def load(self) -> None:
+        self.clients.load()
 
-        try:
-            # Not `create`: that walks through the whole body to convert it, and what we send is converted already.
-            async with asyncio.timeout(self.timeout_s):
-                with self._pools().one() as client:
-                    raw = await client.post("/v1/messages", body=self.body(request), cast_to=httpx2.Response)
-        except Exception as error:
-            fault = from_sdk(anthropic, error, self.refusable(), self.key)
-        else:
-            return self.read(raw.text, raw.status_code)
-        # Out here it carries no context: the SDK's exception holds the request, and the request the key.
-        raise fault
+    async def complete(self, request: Request) -> Answer:
+        return self.read(*await self.clients.post("/v1/messages", self.body(request), self.refusable()))
 
     def read(self, body: str, http_status: int) -> Answer:
         """What the body of a good answer says. Raises Retry (garbage) for one that says nothing."""
@@ -68,25 +57,7 @@ class AnthropicProvider:
             self._structured = self._effort = False
 
     async def aclose(self) -> None:
-        if self._clients is not None:
-            await self._clients.aclose()
-            self._clients = None
-
-    def client(self) -> Any:
-        """One of the SDK's clients, without retries of its own."""
-        return self._pools().first
-
-    def _pools(self) -> Clients:
-        if self._clients is None:
-            import anthropic
-
-            token = not os.environ.get("ANTHROPIC_API_KEY", "").strip()  # then the key is ANTHROPIC_AUTH_TOKEN's
-            known: dict[str, Any] = {"base_url": self.endpoint, "max_retries": 0, "timeout": self.timeout_s}
-            known |= {"api_key": None if token else self.key, "auth_token": self.key if token else None}
-            self._clients = Clients(
-                anthropic.DefaultAsyncHttpxClient, lambda http: anthropic.AsyncAnthropic(**known, http_client=http)
-            )
-        return self._clients
+        await self.clients.aclose()
 
     def body(self, request: Request, marked: bool = True) -> dict[str, Any]:
         """What is sent; unless `marked`, without markers for the provider's cache."""

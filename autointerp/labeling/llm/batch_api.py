@@ -9,10 +9,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autointerp.labeling.llm.faults import Fault, Retry, Stop, Terminal, from_status
-from autointerp.labeling.llm.provider import Answer, Request, decode, from_sdk
+from autointerp.labeling.llm.provider import Answer, Request, decode
 
 if TYPE_CHECKING:
     from autointerp.labeling.llm.anthropic import AnthropicProvider
+    from autointerp.labeling.llm.clients import Clients
     from autointerp.labeling.llm.openai import OpenAIProvider
 
 DEADLINE_S = 600.0
@@ -71,7 +72,7 @@ class OpenAIBatches:
         self._provider = provider
 
     async def create(self, key: str, calls: Sequence[tuple[str, Request]]) -> str:
-        client, url = self._provider.client(), self._provider.path
+        client, url = self._provider.clients.shared, self._provider.path
         lines = [
             json.dumps({"custom_id": call_id, "method": "POST", "url": url, "body": self._provider.body(request)})
             for call_id, request in calls
@@ -86,7 +87,7 @@ class OpenAIBatches:
         return str(batch["id"])
 
     async def candidates(self, key: str, since: datetime, n_calls: int) -> list[str]:
-        listing, after = self._provider.client().batches.with_raw_response.list, {}
+        listing, after = self._provider.clients.shared.batches.with_raw_response.list, {}
         while True:
             page = await self._call(lambda after=after: listing(limit=100, **after))
             for batch in page.get("data") or []:
@@ -109,7 +110,7 @@ class OpenAIBatches:
         found: list[Result] = []
         for file_id in (batch.get("output_file_id"), batch.get("error_file_id")):
             if file_id:
-                text = await self._text(lambda file_id=file_id: self._content(file_id))
+                text = await _text_of(lambda file_id=file_id: self._content(file_id), self._provider.clients)
                 found += [(line["custom_id"], self._outcome(line)) for line in _lines(text)]
         return found
 
@@ -124,18 +125,13 @@ class OpenAIBatches:
         return _read(lambda: self._provider.read(body, status))
 
     async def _retrieve(self, remote_id: str) -> dict[str, Any]:
-        return await self._call(lambda: self._provider.client().batches.with_raw_response.retrieve(remote_id))
+        return await self._call(lambda: self._provider.clients.shared.batches.with_raw_response.retrieve(remote_id))
 
     async def _content(self, file_id: str) -> Any:
-        return await self._provider.client().files.with_raw_response.content(file_id)
+        return await self._provider.clients.shared.files.with_raw_response.content(file_id)
 
     async def _call(self, ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
-        return decode(await self._text(ask), 200)
-
-    async def _text(self, ask: Callable[[], Awaitable[Any]]) -> str:
-        import openai
-
-        return await _text_of(ask, openai, self._provider.key)
+        return decode(await _text_of(ask, self._provider.clients), 200)
 
 
 class AnthropicBatches:
@@ -151,11 +147,11 @@ class AnthropicBatches:
         # A batch runs side by side or hours apart: each call would pay for writing the cache, and few would read it.
         bodies = {call_id: self._provider.body(request, marked=False) for call_id, request in calls}
         lines = [{"custom_id": call_id, "params": body} for call_id, body in bodies.items()]
-        create = self._provider.client().messages.batches.with_raw_response.create
+        create = self._provider.clients.shared.messages.batches.with_raw_response.create
         return str((await self._call(lambda: create(requests=lines)))["id"])
 
     async def candidates(self, key: str, since: datetime, n_calls: int) -> list[str]:
-        listing, after = self._provider.client().messages.batches.with_raw_response.list, {}
+        listing, after = self._provider.clients.shared.messages.batches.with_raw_response.list, {}
         found: list[str] = []
         while True:
             page = await self._call(lambda after=after: listing(limit=100, **after))
@@ -167,14 +163,15 @@ class AnthropicBatches:
             after = {"after_id": batches[-1]["id"]}
 
     async def ended(self, remote_id: str) -> bool:
-        retrieve = self._provider.client().messages.batches.with_raw_response.retrieve
+        retrieve = self._provider.clients.shared.messages.batches.with_raw_response.retrieve
         return (await self._call(lambda: retrieve(remote_id)))["processing_status"] == "ended"
 
     async def results(self, remote_id: str) -> list[Result]:
         import httpx2
 
         path = f"/v1/messages/batches/{remote_id}/results"
-        text = await self._text(lambda: self._provider.client().get(path, cast_to=httpx2.Response))
+        clients = self._provider.clients
+        text = await _text_of(lambda: clients.shared.get(path, cast_to=httpx2.Response), clients)
         return [(line["custom_id"], self._outcome(line)) for line in _lines(text)]
 
     def _outcome(self, line: dict[str, Any]) -> Answer | Fault:
@@ -190,22 +187,17 @@ class AnthropicBatches:
         return from_status(_STATUS_OF.get(error, 400), {}, body, self._provider.refusable())
 
     async def _call(self, ask: Callable[[], Awaitable[Any]]) -> dict[str, Any]:
-        return decode(await self._text(ask), 200)
-
-    async def _text(self, ask: Callable[[], Awaitable[Any]]) -> str:
-        import anthropic
-
-        return await _text_of(ask, anthropic, self._provider.key)
+        return decode(await _text_of(ask, self._provider.clients), 200)
 
 
-async def _text_of(ask: Callable[[], Awaitable[Any]], sdk: Any, key: str) -> str:
+async def _text_of(ask: Callable[[], Awaitable[Any]], clients: Clients) -> str:
     """The body of one answer; what went wrong is raised as a Fault without context, which would hold the key."""
     try:
         async with asyncio.timeout(DEADLINE_S):
             raw = await ask()
             return raw.text if isinstance(raw.text, str) else await raw.text()
     except Exception as error:
-        fault = from_sdk(sdk, error, (), key)
+        fault = clients.fault(error)
     raise fault
 
 

@@ -1,53 +1,86 @@
-"""Clients of an SDK, each with a connection pool of its own for a few calls at once."""
+"""The clients of an SDK, each with one connection for one call at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import importlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-CALLS_EACH = 16
-"""For every call a pool looks at each of its connections: a hundred of them cost more than all else that we do."""
+from autointerp.labeling.llm.provider import from_sdk
 
 
 class Clients:
-    """As many clients as the calls in flight need. `make` takes an HTTP client (httpx2) and returns one of the SDK's.
+    """As many clients of one SDK as there are calls in flight.
 
-    `http` is the SDK's own class of HTTP clients, so that its defaults and the environment's proxies hold.
+    One for all calls would look through all of its connections twice a call: a hundred of them cost more than all else
+    that we do. `kind` names the class of the clients, `known` is what it is made with, `key` what nobody may read.
     """
 
-    def __init__(self, http: Callable[..., Any], make: Callable[[Any], Any]):
-        import httpx2
+    def __init__(self, sdk: str, kind: str, key: str, timeout_s: float, **known: Any):
+        self._name = sdk
+        self._kind = kind
+        self._key = key
+        self._timeout_s = timeout_s
+        self._known = known
+        self._sdk: Any = None
+        self._trusted: Any = None
+        self._all: list[Any] = []
+        self._idle: list[Any] = []
 
-        self._http = http
-        self._make = make
-        self._trusted = httpx2.create_ssl_context()  # reading the certificates is most of the work of making a client
-        self._clients: list[Any] = []
-        self._in_flight: list[int] = []
+    def load(self) -> None:
+        """Import the SDK and read the certificates, which takes about a second, once."""
+        if self._sdk is None:
+            import httpx2
+
+            self._sdk = importlib.import_module(self._name)
+            self._trusted = httpx2.create_ssl_context()
 
     @property
-    def first(self) -> Any:
+    def shared(self) -> Any:
         """For what is asked seldom."""
-        if not self._clients:
-            self._add()
-        return self._clients[0]
+        return self._all[0] if self._all else self._another()
 
-    @contextmanager
-    def one(self) -> Iterator[Any]:
-        """A client that has room for one more call, while that is in flight."""
-        at = next((i for i, n in enumerate(self._in_flight) if n < CALLS_EACH), len(self._clients))
-        if at == len(self._clients):
-            self._add()
-        self._in_flight[at] += 1
+    async def post(self, path: str, body: dict[str, Any], refusable: tuple[str, ...]) -> tuple[str, int]:
+        """The text and the HTTP status of a good answer, within the deadline. Raises a Fault."""
+        import httpx2
+
         try:
-            yield self._clients[at]
-        finally:
-            self._in_flight[at] -= 1
+            # Not `create`: that walks through the whole body to convert it, and what we send is converted already.
+            async with asyncio.timeout(self._timeout_s):
+                with self._one() as client:
+                    raw = await client.post(path, body=body, cast_to=httpx2.Response)
+        except Exception as error:
+            fault = self.fault(error, refusable)
+        else:
+            return raw.text, raw.status_code
+        # Out here it carries no context: the SDK's exception holds the request, and the request the key.
+        raise fault
+
+    def fault(self, error: Exception, refusable: tuple[str, ...] = ()) -> Exception:
+        """The Fault behind an exception of the SDK; see `from_sdk`."""
+        self.load()
+        return from_sdk(self._sdk, error, refusable, self._key)
 
     async def aclose(self) -> None:
-        for client in self._clients:
+        clients, self._all, self._idle = self._all, [], []
+        for client in clients:
             await client.close()
 
-    def _add(self) -> None:
-        self._clients.append(self._make(self._http(verify=self._trusted)))
-        self._in_flight.append(0)
+    @contextmanager
+    def _one(self) -> Iterator[Any]:
+        """A client that nobody else uses meanwhile. Of the idle ones the last used: its connection is the freshest."""
+        client = self._idle.pop() if self._idle else self._another()
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
+    def _another(self) -> Any:
+        self.load()
+        # The SDK's own class of HTTP clients, so that its defaults and the environment's proxies hold.
+        http = self._sdk.DefaultAsyncHttpxClient(verify=self._trusted)
+        client = getattr(self._sdk, self._kind)(**self._known, max_retries=0, timeout=self._timeout_s, http_client=http)
+        self._all.append(client)
+        return client

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ class Engine:
         await self.drain()
         await self._sender.aclose()
         await self.provider.aclose()
+        gc.unfreeze()
 
     def _landed(self, sha256: str, task: asyncio.Task[Any]) -> None:
         del self._in_flight[sha256]
@@ -158,6 +160,7 @@ class Engine:
 
     async def _open(self) -> None:
         """Read the ledger; fetch what batches of an earlier process hold, waiting for them in batch mode."""
+        gc.freeze()  # what is loaded by now would be looked through every few hundred calls, a third of a second long
         await self._ledger.open()
         try:
             await self._sender.unless_stopped(self._batches.recover(wait=self._batched))

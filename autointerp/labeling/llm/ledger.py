@@ -143,6 +143,13 @@ class Ledger:
             _on_their_way.discard(entry.call_id)
             raise
 
+    async def withdraw(self, entry: Entry) -> None:
+        """Take back what `enter` committed: the attempt was not sent after all."""
+        self.free(entry)
+        deleted = self._store.execute("DELETE FROM calls WHERE call_id = ?", [entry.call_id])
+        deleted.add_done_callback(lambda _: _on_their_way.discard(entry.call_id))
+        await asyncio.wrap_future(deleted)
+
     def settle(self, entry: Entry, outcome: Answer | Fault) -> asyncio.Future[None]:
         """Replace the reservation by what the attempt cost. The future resolves when the row is committed.
 

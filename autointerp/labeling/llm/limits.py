@@ -74,8 +74,10 @@ class TokenWindow:
         """The call goes only now."""
         if share.counts:
             self._shares.remove(share)
-            share.at = time.monotonic()
-            self._shares.append(share)
+        else:
+            self._sum += share.tokens
+        share.at, share.counts = time.monotonic(), True
+        self._shares.append(share)
 
     def settle(self, share: _Share, tokens: int) -> None:
         """What the call turned out to use, in the place of what was set aside for it."""
@@ -96,7 +98,7 @@ class _Requests(Throttler):
         """The request whose turn was at `at` goes only now."""
         if at in self._task_logs:
             self._task_logs.remove(at)
-            self._task_logs.append(time.monotonic())
+        self._task_logs.append(time.monotonic())
 
 
 class Limits:
@@ -130,7 +132,7 @@ class Limits:
         """Returns when a call of so many tokens may be sent."""
         wanted = {"input": input_tokens, "output": output_tokens, "both": input_tokens + output_tokens}
         async with self._turn:
-            await self._resumed()
+            await self.resumed()
             while (wait_s := max((w.wait_s(wanted[name]) for name, w in self._windows.items()), default=0.0)) > 0:
                 self._freed.clear()
                 try:
@@ -139,11 +141,11 @@ class Limits:
                 except TimeoutError:
                     pass
             at = await self._requests.acquire() if self._requests is not None else 0.0
-            await self._resumed()
+            await self.resumed()
             return Grant(n_bytes, {name: window.take(wanted[name]) for name, window in self._windows.items()}, at)
 
     def sent(self, grant: Grant) -> None:
-        """The call goes now: between its grant and here its row was committed, which takes now longer, now shorter."""
+        """The call goes now: since its grant it waited for its row and its slot, now longer, now shorter."""
         if self._requests is not None:
             self._requests.move(grant.at)
         for name, share in grant.shares.items():
@@ -159,7 +161,8 @@ class Limits:
                 self._windows[name].settle(share, sum(part or 0 for part in parts))
         self._freed.set()
 
-    async def _resumed(self) -> None:
+    async def resumed(self) -> None:
+        """Returns when nothing has to pause."""
         while (wait_s := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(wait_s)
 

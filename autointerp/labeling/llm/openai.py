@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from autointerp.labeling.llm import responses
 from autointerp.labeling.llm.clients import Clients
 from autointerp.labeling.llm.logprobs import read_tokens
 from autointerp.labeling.llm.prices import Price
-from autointerp.labeling.llm.provider import Answer, Request, cache_key, count, decode, from_sdk, garbage
+from autointerp.labeling.llm.provider import Answer, Request, cache_key, count, decode, garbage
 
 _HOME = "https://api.openai.com/v1"
 _FINISH = {"length": "length", "content_filter": "refusal"}
@@ -37,11 +36,9 @@ class OpenAIProvider:
         self.model = model
         self.endpoint = (os.environ.get("OPENAI_BASE_URL") or _HOME).rstrip("/")
         self.price = price
-        self.timeout_s = timeout_s
         self.parameters = "" if api == "chat" else api
         self._api = api
-        self.key = key
-        self._clients: Clients | None = None
+        self.clients = Clients("openai", "AsyncOpenAI", key, timeout_s, api_key=key, base_url=self.endpoint)
         # Other servers may know only the older name of the cap, and need not be told to answer without long thought.
         at_home = self.endpoint == _HOME
         self._cap = "max_completion_tokens" if at_home else "max_tokens"
@@ -50,22 +47,12 @@ class OpenAIProvider:
         if at_home:
             self._optional |= {"prompt_cache_key", "v1/responses"}
 
-    async def complete(self, request: Request) -> Answer:
-        import httpx2
-        import openai
+    def load(self) -> None:
+        self.clients.load()
 
+    async def complete(self, request: Request) -> Answer:
         path = self.path.removeprefix("/v1")
-        try:
-            # Not `create`: that walks through the whole body to convert it, and what we send is converted already.
-            async with asyncio.timeout(self.timeout_s):
-                with self._pools().one() as client:
-                    raw = await client.post(path, body=self.body(request), cast_to=httpx2.Response)
-        except Exception as error:
-            fault = from_sdk(openai, error, self.refusable(), self.key)
-        else:
-            return self.read(raw.text, raw.status_code)
-        # Out here it carries no context: the SDK's exception holds the request, and the request the key.
-        raise fault
+        return self.read(*await self.clients.post(path, self.body(request), self.refusable()))
 
     @property
     def path(self) -> str:
@@ -92,23 +79,7 @@ class OpenAIProvider:
         self._optional.discard(parameter)
 
     async def aclose(self) -> None:
-        if self._clients is not None:
-            await self._clients.aclose()
-            self._clients = None
-
-    def client(self) -> Any:
-        """One of the SDK's clients, without retries of its own."""
-        return self._pools().first
-
-    def _pools(self) -> Clients:
-        if self._clients is None:
-            import openai
-
-            known = {"api_key": self.key, "base_url": self.endpoint, "max_retries": 0, "timeout": self.timeout_s}
-            self._clients = Clients(
-                openai.DefaultAsyncHttpxClient, lambda http: openai.AsyncOpenAI(**known, http_client=http)
-            )
-        return self._clients
+        await self.clients.aclose()
 
     def body(self, request: Request) -> dict[str, Any]:
         """What is sent, in the words of the API that is asked."""

@@ -118,6 +118,10 @@ class Provider(Protocol):
     parameters: str
     """What else an answer depends on, where it is not the usual: part of the identity of a question."""
 
+    def load(self) -> None:
+        """Do what takes its time before the first call: then `complete` sends at once."""
+        ...
+
     async def complete(self, request: Request) -> Answer:
         """One attempt, within the deadline. Raises a Fault; never retries by itself."""
         ...

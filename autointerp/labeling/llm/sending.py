@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -65,6 +66,9 @@ class Sender:
         self.slots = Slots(concurrency)
         self._stopped_by: ProviderError | None = None
         self._unanswered = 0
+        self._waits: set[asyncio.Timeout] = set()
+        """What ends when `stopping` is set."""
+        self._watch: asyncio.Task[None] | None = None
 
     def hold(self) -> contextlib.AbstractContextManager[None]:
         """Within, more questions are sure to come: nothing that could be sent with them need be sent without."""
@@ -105,11 +109,11 @@ class Sender:
     async def _attempt(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int
     ) -> tuple[Answer, asyncio.Future[None]]:
-        leave = await self.unless_stopped(self._admit(request))
+        leave = await self._leave(request, sha256, latent, purpose, attempt)
         outcome: Answer | Fault = Fault("cancelled", billable=True)
         try:
-            await self._ledger.enter(leave.entry, sha256, latent, purpose, attempt)
             self._limits.sent(leave.grant)
+            self.slots.sent()
             try:
                 outcome = await self._provider.complete(request)
             except Fault as fault:
@@ -119,6 +123,7 @@ class Sender:
         finally:
             self._learn(leave, outcome)
             self.slots.release()
+            self.slots.near.release()
         if isinstance(outcome, Answer):
             return outcome, settled
         if isinstance(outcome, Retry):
@@ -129,21 +134,48 @@ class Sender:
             raise self._stopped_by
         raise outcome
 
-    async def _admit(self, request: Request) -> _Leave:
-        """Takes a slot, sets the money aside, waits for the limits. The slot is to be released."""
-        since = await self.slots.acquire()
+    async def _leave(self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int) -> _Leave:
+        """Gets all that a call needs; the slot last, so that the call goes as soon as the one before is answered."""
+        entry, grant = await self.unless_stopped(self._admit(request))
+        try:
+            await self._ledger.enter(entry, sha256, latent, purpose, attempt)
+            try:
+                since = await self.unless_stopped(self._slot())
+            except BaseException:
+                await self._ledger.withdraw(entry)
+                raise
+        except BaseException:
+            self.slots.near.release()
+            raise
+        return _Leave(replace(entry, started=time.monotonic()), grant, since)
+
+    async def _admit(self, request: Request) -> tuple[Entry, Grant]:
+        """Waits until a slot is near, sets the money aside, waits for the limits. What is near is to be released."""
+        await self.slots.near.acquire()
         entry: Entry | None = None
         try:
+            self._provider.load()
             self._raise_stop()
             entry = await self._ledger.reserve(request)
             grant = await self._limits.admit(request)
             self._raise_stop()
-            return _Leave(entry, grant, since)
+            return entry, grant
         except BaseException:
             if entry is not None:
                 self._ledger.free(entry)
+            self.slots.near.release()
+            raise
+
+    async def _slot(self) -> int:
+        """Waits for a slot, and for the end of a pause that began meanwhile."""
+        since = await self.slots.acquire()
+        try:
+            await self._limits.resumed()
+            self._raise_stop()
+        except BaseException:
             self.slots.release()
             raise
+        return since
 
     def _learn(self, leave: _Leave, outcome: Answer | Fault) -> None:
         """What this outcome says of all others. Comes before the slot is free for the next of them."""
@@ -195,17 +227,24 @@ class Sender:
         if self.stopping.is_set():
             waiting.close()
             raise Interrupted(_INTERRUPTED)
-        task, stop = asyncio.create_task(waiting), asyncio.create_task(self.stopping.wait())
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._end_waits())
         try:
-            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stop.cancel()
-            if not task.done():
-                task.cancel()
-        await asyncio.wait({task})
-        if task.cancelled():
-            raise Interrupted(_INTERRUPTED)
-        return task.result()
+            async with asyncio.timeout(None) as wait:
+                self._waits.add(wait)
+                try:
+                    return await waiting
+                finally:
+                    self._waits.remove(wait)
+        except TimeoutError:
+            if wait.expired():
+                raise Interrupted(_INTERRUPTED) from None
+            raise
+
+    async def _end_waits(self) -> None:
+        await self.stopping.wait()
+        for wait in self._waits:
+            wait.reschedule(0.0)
 
     async def _sleep(self, seconds: float) -> None:
         await self.unless_stopped(asyncio.sleep(seconds))
