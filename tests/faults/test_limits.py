@@ -268,6 +268,13 @@ def test_a_cancelled_wait_gives_its_turn_to_the_next():
         first.cancel()
         await asyncio.wait_for(second, 1)
         assert slots.in_use == 1
+        third, fourth = (asyncio.create_task(slots.acquire()) for _ in range(2))
+        await asyncio.sleep(0)
+        third.cancel()
+        slots.release()  # passes over the third, which does not know yet
+        await asyncio.wait_for(fourth, 1)
+        assert (await asyncio.gather(third, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+        assert slots.in_use == 1
 
     asyncio.run(run())
 

@@ -37,10 +37,10 @@ class Line:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.cancelled():
-                self.waiting.remove(turn)
-            else:
+            if not turn.cancelled():
                 self.release()  # it was handed over just before
+            elif turn in self.waiting:  # and not passed over since
+                self.waiting.remove(turn)
             raise
 
     def release(self) -> None:
