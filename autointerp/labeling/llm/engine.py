@@ -86,6 +86,7 @@ class Engine:
         self._opened: asyncio.Task[None] | None = None
         self._in_flight: dict[str, asyncio.Task[Any]] = {}
         self._roomier: set[str] = set()
+        self._froze = False
 
     @property
     def name(self) -> str:
@@ -137,7 +138,8 @@ class Engine:
         await self.drain()
         await self._sender.aclose()
         await self.provider.aclose()
-        gc.unfreeze()
+        if self._froze:
+            gc.unfreeze()
 
     def _landed(self, sha256: str, task: asyncio.Task[Any]) -> None:
         del self._in_flight[sha256]
@@ -160,7 +162,10 @@ class Engine:
 
     async def _open(self) -> None:
         """Read the ledger; fetch what batches of an earlier process hold, waiting for them in batch mode."""
-        gc.freeze()  # what is loaded by now would be looked through every few hundred calls, a third of a second long
+        # What is loaded by now would be looked through every few hundred calls, a third of a second long.
+        self._froze = gc.get_freeze_count() == 0
+        if self._froze:
+            gc.freeze()
         await self._ledger.open()
         try:
             await self._sender.unless_stopped(self._batches.recover(wait=self._batched))
