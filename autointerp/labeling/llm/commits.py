@@ -9,7 +9,7 @@ from typing import Any
 
 from autointerp.labeling.base import CallStore
 
-PROMPT_S = 0.01
+PROMPT_S = 0.025
 LINGER_S = 0.1
 """How long a row waits for company: one that a call waits for with its slot taken, and any other."""
 
