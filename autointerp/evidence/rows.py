@@ -26,7 +26,7 @@ N_TOKENS = 10
 """Tokens kept on each side."""
 N_STATES = 64
 """Firing tokens over which the change of log-probabilities is averaged."""
-MAX_LOGITS = 1 << 24
+MAX_LOGITS = 1 << 22
 """Logits held at once, on each side."""
 HINT_TOKENS = 3
 N_DECODER = 8
@@ -113,20 +113,20 @@ def firing_states(
     if not latents:
         return {}
     columns = torch.as_tensor(list(latents), device=dictionary.W_dec.device)
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {latent: [] for latent in latents}
-    wanted = dict.fromkeys(latents, N_STATES)
+    # One block for all: small ones that stay would lie between the large ones that come and go with every stretch.
+    states, codes = torch.zeros(len(latents), N_STATES, spool.d), torch.zeros(len(latents), N_STATES)
+    have = [0] * len(latents)
     for stretch in spool.stretches():
         x = stretch.x_base if side == "base" else stretch.x_adapted
         z = activations(x, stretch.counted, dictionary, columns)
-        for column, latent in enumerate(latents):
-            if wanted[latent] > 0:
-                at = np.flatnonzero(z[:, column] > 0)[: wanted[latent]]
-                wanted[latent] -= len(at)
-                found[latent].append((stretch.x_base[at].float(), torch.from_numpy(z[at, column])))
-        if not any(wanted.values()):
+        for column, n in enumerate(have):
+            at = np.flatnonzero(z[:, column] > 0)[: N_STATES - n]
+            have[column] = n + len(at)
+            states[column, n : have[column]] = stretch.x_base[at].float()
+            codes[column, n : have[column]] = torch.from_numpy(z[at, column])
+        if min(have) == N_STATES:
             break
-    joined = {j: (torch.cat([x for x, _ in parts]), torch.cat([z for _, z in parts])) for j, parts in found.items()}
-    return {j: (x, z) for j, (x, z) in joined.items() if len(z)}
+    return {j: (states[c, :n], codes[c, :n]) for c, (j, n) in enumerate(zip(latents, have, strict=True)) if n}
 
 
 class TokenEffects(NamedTuple):
