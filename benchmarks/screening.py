@@ -36,9 +36,7 @@ DRAWN_TOKENS, DRAWN_L0, DRAWN_SPREAD = 16_384, 40, 3.0
 
 
 def train(sae: str, n_latents: int, steps: int, batch: int) -> None:
-    """Trains the SAE into its folder, unless it is there; on a GPU where there is one."""
-    if Path(sae).exists():
-        return
+    """Trains the SAE into its folder; on a GPU where there is one."""
     from autointerp.demo import ORGANISM, dictionary, language_model
     from autointerp.demo.text import library_documents
     from autointerp.demo.train import training_text
@@ -51,9 +49,7 @@ def train(sae: str, n_latents: int, steps: int, batch: int) -> None:
 
 
 def draw(sae: str, n_latents: int) -> None:
-    """Draws a dictionary into its folder, unless it is there: directions half of a token of the text, half random."""
-    if Path(sae).exists():
-        return
+    """Draws a dictionary into its folder: directions half of a token of the text, half random."""
     import torch
     from torch.nn.functional import normalize
 
@@ -142,15 +138,13 @@ def main() -> None:
     if args.child:
         step, given = args.child
         return STEPS[step](**given)
+    kind, training = ("drawn", {}) if args.drawn else ("sae", {"steps": args.steps, "batch": args.batch})
     with tempfile.TemporaryDirectory() as folder:
         rows, taken = [], []
         for n in args.latents:
-            name = f"drawn-{n}" if args.drawn else f"sae-{n}-{args.steps}-{args.batch}"
-            sae = str((args.saes or Path(folder)) / name)
-            if args.drawn:
-                _in_a_fresh_process("draw", sae=sae, n_latents=n)
-            else:
-                _in_a_fresh_process("train", sae=sae, n_latents=n, steps=args.steps, batch=args.batch)
+            sae = str((args.saes or Path(folder)) / "-".join(map(str, (kind, n, *training.values()))))
+            if not Path(sae).exists():
+                _in_a_fresh_process("draw" if args.drawn else "train", sae=sae, n_latents=n, **training)
             rows.append(_in_a_fresh_process("compare", sae=sae, tokens=args.tokens))
             taken.append(_in_a_fresh_process("selection", sae=sae, tokens=args.tokens))
     from benchmarks.planting import publish

@@ -51,9 +51,14 @@ class FittedMap:
         return self.all_tokens.energy > MIN_VARYING * self.statistics.stream.square_change > 0
 
     @property
+    def static_share(self) -> float:
+        """Share of the change that is the same on every token."""
+        return self.statistics.stream.static_share(self.statistics.n_tokens)
+
+    @property
     def mostly_static(self) -> bool:
-        """Whether the greater part of the change is the same on every token."""
-        return self.statistics.stream.static_share(self.statistics.n_tokens) > 0.5
+        """Whether that is the greater part."""
+        return self.static_share > 0.5
 
     @cached_property
     def rows(self) -> Tensor:

@@ -120,6 +120,8 @@ def firing_states(
         x = stretch.x_base if side == "base" else stretch.x_adapted
         z = activations(x, stretch.counted, dictionary, columns)
         for column, n in enumerate(have):
+            if n == N_STATES:
+                continue
             at = np.flatnonzero(z[:, column] > 0)[: N_STATES - n]
             have[column] = n + len(at)
             states[column, n : have[column]] = stretch.x_base[at].float()

@@ -219,7 +219,7 @@ def _figures(
         "delta_fvu": stream.error_change / stream.square_change if stream.square_change else None,
         "l0_base": float(statistics.base.fired.sum() / max(n, 1)),
         "l0_adapted": float(statistics.adapted.fired.sum() / max(n, 1)),
-        "static_share": stream.static_share(n),
+        "static_share": fitted.static_share,
         "change_r2": fitted.r2,
         "coverage": coverage,
         "random_coverage": fitted.random_coverage(len(ranking.latents), seed),

@@ -80,13 +80,14 @@ def load_active(
 ) -> ModelPair:
     """The base with the adapters in these folders, all of them active, which act in this order."""
     from autointerp.evidence.loading import load_causal_lm
-    from autointerp.evidence.model_pair import TwoModels
+    from autointerp.evidence.model_pair import PeftPair, TwoModels
 
-    model = load_causal_lm(base, dtype=dtype, device=device)
-    if not _alter_base(folders):
-        return load_active_onto(folders, base, model)
+    alter_base = _alter_base(folders)
+    peft = _attached(load_causal_lm(base, dtype=dtype, device=device), folders, base)
+    if not alter_base:
+        return PeftPair(peft)
     # Switched off, such an adapter leaves weights that are not the base's; merged, it is a checkpoint like any.
-    merged = _attached(model, folders, base).merge_and_unload()
+    merged = peft.merge_and_unload()
     return TwoModels(load_causal_lm(base, dtype=dtype, device=device), merged, f"adapter {folders[0]}")
 
 

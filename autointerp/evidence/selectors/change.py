@@ -81,8 +81,7 @@ def _strongest(shares: np.ndarray, k: int) -> list[int]:
 
 def _static_places(fitted: FittedMap, top: int, n_read: int) -> int:
     """Places for the static part: its share of them where it is the greater part of the change, else none."""
-    share = fitted.statistics.stream.static_share(fitted.statistics.n_tokens)
-    return max(top - n_read, int(top * share)) if fitted.mostly_static else 0
+    return max(top - n_read, int(top * fitted.static_share)) if fitted.mostly_static else 0
 
 
 def _written(fitted: FittedMap, read: list[int], revived: np.ndarray, places: int) -> list[int]:
