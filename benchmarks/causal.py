@@ -27,8 +27,9 @@ from autointerp.evidence.causal import EDITS, Edit, HeldOut, Part, Restoration, 
 from autointerp.evidence.causal_static import direction_sets
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.gather import Evidence
-from autointerp.evidence.selection import SELECTORS, Question
+from autointerp.evidence.selection import SELECTORS, Given, Question
 from autointerp.evidence.spool import Spool
+from autointerp.evidence.stand_ins import rereading
 from autointerp.records import CausalEffect
 from autointerp.run import Run
 from benchmarks.curves import Curve, Panel, Style, chart
@@ -126,7 +127,8 @@ def measure(name: str, adapter: Path, tokens: int, draws: int, seed: int = 0) ->
     run = Run.load(adapter, device="cpu", base=base, sae=sae, corpus=corpus)
     with Evidence.load(run) as evidence:
         fitted, spool = evidence.fit(lambda _n: None)
-        ranking = SELECTORS.get("change")(Question(fitted, max(SIZES), run.settings.fdr, seed))
+        given = Given(reread=rereading(spool, evidence.dictionary))
+        ranking = SELECTORS.get("change")(Question(fitted, max(SIZES), run.settings.fdr, seed, given))
         held = held_out(spool, evidence.corpus.bos, tokens)
         if fitted.changed:
             chosen = [latent for latent in ranking.latents if fitted.in_map(latent)]

@@ -24,7 +24,7 @@ from scipy import stats
 from autointerp.evidence.change_map import decompose
 from autointerp.evidence.extras import DocumentSums, Extra, ScalingSums
 from autointerp.evidence.fitted import FittedMap
-from autointerp.evidence.selection import SELECTORS, Question
+from autointerp.evidence.selection import SELECTORS, Given, Question
 from autointerp.evidence.statistics import PairedCodes
 from autointerp.evidence.weights_evidence import WeightsEvidence
 from benchmarks.planted_adapters import (
@@ -134,8 +134,9 @@ def score(recording: Recording, planting: Planting, noise: bool, seed: int, cell
         change = change + planting.make(recording, readers, partners)
     fitted = recording.fitted(change.astype(np.float32), seed, extras=(DocumentSums, ScalingSums, Differences))
     truth = set((both if planting.pairs else readers).tolist()) if planting.make is not None else set()
+    given = Given(reread=recording.reread(change))
     for method in METHODS:
-        found = ask(method, fitted, seed, max(len(truth), N_PLANTED))
+        found = ask(method, fitted, seed, max(len(truth), N_PLANTED), given)
         mine = set(readers.tolist()) if method == "change" and planting.pairs else truth
         cell = cells.setdefault(method, Scores())
         cell.add(found, mine)
@@ -143,12 +144,12 @@ def score(recording: Recording, planting: Planting, noise: bool, seed: int, cell
             cell.pairs.append(recovered(fitted, found, readers, partners))
 
 
-def ask(method: str, fitted: FittedMap, seed: int, k: int) -> list[int]:
+def ask(method: str, fitted: FittedMap, seed: int, k: int, given: Given) -> list[int]:
     """What the method selects. Those without a test of their own are told how many there are to find."""
     if method == "t-test + BH":
         return sorted(fitted.statistics.extra(Differences).rejected(LEVEL))
     top = TOP if method == "change" else k
-    return SELECTORS.get(method)(Question(fitted, top, LEVEL, seed)).latents
+    return SELECTORS.get(method)(Question(fitted, top, LEVEL, seed, given)).latents
 
 
 def table(recording: Recording, seeds: int) -> tuple[str, dict[tuple[str, bool], dict[str, Scores]]]:
@@ -183,16 +184,15 @@ def score_adapter(recording: Recording, name: str, seed: int, cells: dict[bool, 
         own = own * np.sqrt(np.square(recording.change).sum() / np.square(own).sum())
     k = len(truth.latents)
     for noise in (True, False):
-        fitted = recording.fitted(
-            (own + rolled(recording, seed) * noise).astype(np.float32),
-            seed,
-            extras=(DocumentSums, ScalingSums, Differences),
-        )
-        asked = {method: (ask(method, fitted, seed, k), truth.latents) for method in METHODS if method != "change"}
+        change = (own + rolled(recording, seed) * noise).astype(np.float32)
+        fitted = recording.fitted(change, seed, extras=(DocumentSums, ScalingSums, Differences))
+        given = Given(reread=recording.reread(change))
+        others = [method for method in METHODS if method != "change"]
+        asked = {method: (ask(method, fitted, seed, k, given), truth.latents) for method in others}
         asked["weights"] = by_weights, truth.latents
         asked["raw weights"] = np.argsort(-truth.raw)[:k].tolist(), truth.latents
         # The static part has no test: there `change` is told how many there are, as the others are.
-        found = SELECTORS.get("change")(Question(fitted, k if name == STATIC else TOP, LEVEL, seed))
+        found = SELECTORS.get("change")(Question(fitted, k if name == STATIC else TOP, LEVEL, seed, given))
         read = [j for j, role in zip(found.latents, found.roles, strict=True) if role == "read"]
         if name == RANDOM_READS:
             asked["change"] = written_by(fitted, read), truth.latents

@@ -51,6 +51,12 @@ class FittedMap:
         return self.all_tokens.energy > MIN_VARYING * self.statistics.stream.square_change > 0
 
     @property
+    def mean_firing(self) -> np.ndarray:
+        """Mean z_base of each latent of the dictionary over the tokens where it fires [m]."""
+        base = self.statistics.base
+        return base.total / np.maximum(base.fired, 1)
+
+    @property
     def static_share(self) -> float:
         """Share of the change that is the same on every token."""
         return self.statistics.stream.static_share(self.statistics.n_tokens)

@@ -37,6 +37,7 @@ from autointerp.evidence.rows import decoder_tokens, read_rows
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.selection import Given, Need, Selection, needs_of, select
 from autointerp.evidence.spool import Spool, open_scratch
+from autointerp.evidence.stand_ins import rereading
 from autointerp.evidence.stream import Measured, Progress, measure
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.token_text import token_texts
@@ -129,7 +130,10 @@ class Evidence:
         settings = self.run.settings
         measured = self._measure(progress)
         fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
-        spool, given = measured.spool, replace(self._given, run=self.run, dictionary=self.dictionary)
+        spool = measured.spool
+        given = replace(
+            self._given, run=self.run, dictionary=self.dictionary, reread=rereading(spool, self.dictionary)
+        )
         if given.outcome is not None:
             given = replace(given, outcome=by_order(given.outcome, (spool.place(s)[:2] for s in range(len(spool)))))
         if "gradients" in needs_of(settings.selector):

@@ -54,7 +54,7 @@ def read_rows(
     base, adapted = fitted.statistics.base, fitted.statistics.adapted
     revived = [j for j in latents if j not in rows or (not base.fired[j] and adapted.fired[j])]
     kept = [j for j in rows if j not in revived]
-    strength = mean_firing(fitted)
+    strength = fitted.mean_firing
     stacked = torch.stack([rows[j] for j in kept]) if kept else torch.zeros(0, fitted.statistics.d).double()
     decomposed = decompose_all(stacked, fitted.W_dec, N_LATENTS, own=kept)
     targets = {j: found[1:] for j, found in zip(kept, decomposed, strict=True)}
@@ -94,12 +94,6 @@ def direction_logits(latents: Sequence[int], model: PairedModel, dictionary: Dic
     """Logits [k, vocabulary] of each latent's decoder row alone, less those of a zero stream."""
     directions = dictionary.W_dec[list(latents)].float().cpu()
     return (model.unembed(directions) - model.unembed(torch.zeros_like(directions[:1]))).float().cpu()
-
-
-def mean_firing(fitted: FittedMap) -> np.ndarray:
-    """Mean z_base of each latent over the tokens where it fires [m]."""
-    base = fitted.statistics.base
-    return base.total / np.maximum(base.fired, 1)
 
 
 def firing_states(

@@ -21,6 +21,7 @@ from autointerp.run import AUTO_TOP
 
 if TYPE_CHECKING:
     from autointerp.evidence.dictionaries.base import Dictionary
+    from autointerp.evidence.stand_ins import Reread
     from autointerp.run import Run
 
 UNITS = ("mean_base", "mean_adapted", "freq_base", "freq_adapted", "max_base", "max_adapted", "delta")
@@ -57,6 +58,8 @@ class Given:
     run: Run | None = None
     dictionary: Dictionary | None = None
     """For selectors that read the adapter's files: what the statistics were made with."""
+    reread: Reread | None = None
+    """What the statistics were made of, once more."""
 
 
 @dataclass(frozen=True)

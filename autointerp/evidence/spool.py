@@ -40,6 +40,13 @@ class Stretch:
     bounds: np.ndarray
     """First token of each sequence within this stretch, and the end [S + 1]."""
 
+    def counted_change(self, d: int) -> tuple[Tensor, np.ndarray]:
+        """x_base [n, …] and Δx [n, d] of the counted tokens, both float32; d is narrower than x where that holds what a
+        transcoder reads too."""
+        rows = torch.from_numpy(self.counted)
+        x_base = self.x_base[rows].float()
+        return x_base, (self.x_adapted[rows].float() - x_base)[:, :d].numpy()
+
 
 def open_scratch(folder: Path | None) -> io.FileIO:
     """An unnamed temporary file in `folder`, made if need be, or in the system's temporary folder; InputError if it
@@ -154,13 +161,15 @@ class Spool:
             row[len(bos) : len(bos) + len(mine)] = torch.from_numpy(mine)
         return ids, counted
 
-    def stretches(self, tokens: int = 8192) -> Iterator[Stretch]:
-        """The whole spool in order, about `tokens` tokens at a time."""
-        first = 0
-        for s in range(len(self)):
-            if self._offsets[s + 1] - self._offsets[first] >= tokens or s == len(self) - 1:
-                yield self.read(np.arange(first, s + 1))
-                first = s + 1
+    def stretches(self, tokens: int = 8192, which: np.ndarray | None = None) -> Iterator[Stretch]:
+        """The whole spool, or the sequences `which` [len], in order, about `tokens` tokens at a time."""
+        sequences = np.arange(len(self)) if which is None else np.flatnonzero(which)
+        first = held = 0
+        for at, s in enumerate(sequences.tolist(), start=1):
+            held += self._offsets[s + 1] - self._offsets[s]
+            if held >= tokens or at == len(sequences):
+                yield self.read(sequences[first:at])
+                first, held = at, 0
 
     def close(self) -> None:
         self._streams.close()

@@ -241,8 +241,7 @@ class _Pass:
             order = np.repeat([order for _, order, _ in place], lengths)[counted]
             first = np.repeat([start for _, _, start in place] - stretch.bounds[:-1], lengths)
             position = (first + np.arange(len(counted)))[counted]
-            x_base = stretch.x_base[torch.from_numpy(counted)].float()
-            change = (stretch.x_adapted[torch.from_numpy(counted)].float() - x_base)[:, :d].numpy()
+            x_base, change = stretch.counted_change(d)
             z = to_codes(self.dictionary, x_base.to(self.dictionary.W_dec.device))
             if self.screen.done:
                 self.statistics.map(z, change, order, position, place_of(position, self.piece))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
+from autointerp.evidence.corpus import fit_rows
 from autointerp.evidence.dictionaries.base import Dictionary
 from autointerp.evidence.extras import Extra
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.gather import Evidence
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
+from autointerp.evidence.stand_ins import Reread
 from autointerp.evidence.statistics import ChangeStatistics, PairedCodes, place_of
 from autointerp.evidence.stream import Measured, measure, to_codes
 from autointerp.run import Run
@@ -99,6 +101,15 @@ class Recording:
         """The change map of `statistics(change)`."""
         statistics = self.statistics(change, seed=seed, encode=encode, extras=extras)
         return FittedMap(statistics, self.dictionary.W_dec)
+
+    def reread(self, change: np.ndarray) -> Reread:
+        """What `fitted(change)` is made of, once more."""
+        fit = fit_rows(self.order)
+
+        def reread(latents: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            yield self.z[fit][:, list(latents)].toarray(), change[fit].astype(np.float32)
+
+        return reread
 
 
 def record(run: Run, max_tokens: int, scratch: Path | None = None) -> Recording:

@@ -17,6 +17,7 @@ from autointerp.evidence.change_map import decompose, decompose_all
 from autointerp.evidence.fitted import MIN_FIRINGS, FittedMap
 from autointerp.evidence.selection import SELECTORS, Question, Ranking
 from autointerp.evidence.selectors.mean_shift import mean_shift_size
+from autointerp.evidence.stand_ins import stand_ins
 
 N_TARGETS = 5
 """Directions read off a row when counting what it writes to."""
@@ -24,6 +25,8 @@ MIN_WRITERS = 3
 """Rows that must write to a latent before it is selected for that."""
 MIN_PREDICTED = 0.1
 """Held-out share of the change along a revived latent's direction that the map must predict."""
+MAX_ROUNDS = 5
+"""Readings of the text in search of latents that only stand in for others."""
 N_STATIC = 20
 """Directions that the static part is decomposed into."""
 
@@ -41,7 +44,7 @@ def change(question: Question) -> Ranking:
     statistic, q = fitted.tests(question.fdr)
     passing = fitted.passing(q, question.fdr)
     columns |= {"statistic": fitted.spread(statistic), "q_value": fitted.spread(q)}
-    read = [int(fitted.tracked[at]) for at in fitted.pursue(passing, top)]
+    read, away = _pursued(question, passing)
     revived = _revived(fitted)
     written = _written(fitted, read, revived, top // 10)
     n_static = _static_places(fitted, top, len(read))
@@ -52,7 +55,24 @@ def change(question: Question) -> Ranking:
     size = np.full(m, np.nan)
     size[fitted.tracked] = fitted.size
     size[revived] = mean_shift_size(fitted)[revived]  # no row: they never fire in the base model
-    return Ranking(latents, roles, size, columns, len(passing))  # pyright: ignore[reportArgumentType]
+    figures = {"explained_away": float(len(away))} if away else {}
+    return Ranking(latents, roles, size, columns, len(passing), figures=figures)  # pyright: ignore[reportArgumentType]
+
+
+def _pursued(question: Question, passing: np.ndarray) -> tuple[list[int], list[int]]:
+    """Latents by greedy pursuit among `passing`, and those that were chosen first but only stand in for others: their
+    places, where there were too few, go to the next."""
+    fitted, reread = question.fitted, question.given.reread
+    away, rounds = list[int](), 0
+    while True:
+        left = passing[~np.isin(fitted.tracked[passing], away)]
+        read = [int(fitted.tracked[at]) for at in fitted.pursue(left, question.top)]
+        if reread is None:
+            return read, away
+        found, rounds = stand_ins(reread, read, fitted.mean_firing[read]), rounds + 1
+        away += found
+        if not found or len(read) < question.top or rounds == MAX_ROUNDS:
+            return [latent for latent in read if latent not in found], away
 
 
 def static_shares(fitted: FittedMap) -> np.ndarray:
