@@ -40,13 +40,12 @@ from benchmarks.planted_adapters import (
 )
 from benchmarks.planting import publish, recorded
 from tests.planted.recording import Recording
-from tests.planted.truths import N_PLANTED, false_share, gained, paired, planted, recovered
+from tests.planted.truths import N_PLANTED, beyond_mean, false_share, gained, paired, planted, recovered
 
 LEVEL = 0.05
 TOP = 50
 """Places that `change` may fill."""
 GAINS = (0.1, 0.25, 0.5, -1.0)
-LOOSE = "pairs, all or nothing"
 METHODS = ("change", "mean-shift", "frequency", "latent-scaling", "t-test + BH", "random")
 
 
@@ -93,7 +92,8 @@ PLANTINGS = [
     Planting("nothing", None),
     *(Planting(f"{gain:+.0%} gain", lambda r, j, _i, gain=gain: gained(r, j, gain)) for gain in GAINS),
     Planting("pairs, amplitude 1", lambda r, j, i: paired(r, j, i, True), pairs=True),
-    Planting(LOOSE, lambda r, j, i: paired(r, j, i, False), pairs=True),
+    Planting("pairs, all or nothing", lambda r, j, i: paired(r, j, i, False), pairs=True),
+    Planting("pairs, beyond the mean", beyond_mean, pairs=True),
 ]
 
 
@@ -231,19 +231,13 @@ def goals(cells: dict[tuple[str, bool], dict[str, Scores]]) -> str:
     """What `change` is held to, and whether it gets there in the median and in every seed."""
     quarter, quiet = (cells["+25% gain", noise]["change"] for noise in (True, False))
     pairs = cells["pairs, amplitude 1", True]["change"].pairs
-    silent = {name: row["change"].fdp for (name, noise), row in cells.items() if not noise}
-    loose = silent.pop(LOOSE)
+    silent = [fdp for (_, noise), row in cells.items() if not noise for fdp in row["change"].fdp]
     rows = [
         ("recall ≥ .95 at +25 %", quarter.recall, lambda v: v >= 0.95),
         ("FDP ≤ .10 at +25 %", quarter.fdp, lambda v: v <= 0.10),
         ("recall ≥ .95 at +25 % without noise", quiet.recall, lambda v: v >= 0.95),
         ("≥ 18 of 20 pairs at amplitude 1", pairs, lambda v: v >= 18),
-        (
-            "FDP ≤ .10 without noise: gains, and pairs at amplitude 1",
-            [fdp for values in silent.values() for fdp in values],
-            lambda v: v <= 0.10,
-        ),
-        ("FDP ≤ .10 without noise: pairs, all or nothing", loose, lambda v: v <= 0.10),
+        ("FDP ≤ .10 without noise", silent, lambda v: v <= 0.10),
         ("nothing from noise alone", cells["nothing", True]["change"].found, lambda v: v == 0),
     ]
     lines = ["| goal for `change` | median | worst | met in |", "|---|---|---|---|"]
@@ -271,8 +265,9 @@ find, so that their FDP is 1 − recall.
 Pairs: when one of {N_PLANTED} latents fires, another's direction is written. `change` is asked for the readers, and \
 its pairs are those whose row is first of all the partner's direction; the others, who see no rows, are asked for \
 readers and partners alike. Amplitude 1: written as strongly as the reader fires. All or nothing: with the partner's \
-mean activation, however strongly the reader fires. That is no multiple of z, and latents that fire along with a \
-reader truly help to say it; they count as false here.
+mean activation, however strongly the reader fires. Beyond the mean: by how much the reader exceeds its mean \
+activation. These two are no multiples of z, and latents that fire along with a reader truly help to say them; they \
+count as false here.
 
 {compared}
 
@@ -288,8 +283,8 @@ worst).
 
 - FFNN: {N_PLANTED} units on latents, each fires beyond half of one latent's mean activation and writes another; small \
 weights everywhere else, every unit scaled at random. `change` is asked for the readers and its pairs, the others for \
-readers and partners. What a threshold lets through is no multiple of z: without noise, latents that fire along with a \
-reader truly help to say it; they count as false here.
+readers and partners. What a threshold lets through is no multiple of z: latents that fire along with a reader truly \
+help to say it; they count as false here.
 - LoRA: on the last matrix before the hook, B the directions of {N_WRITTEN} latents, A at random, R R⁻¹ between them; \
 as large as the run's own change. No latent in particular is read, so `change` is asked for what a tenth of its rows, \
 and three or more, raise or lower.

@@ -89,6 +89,36 @@ def test_one_folder_and_its_parts_one_by_one(saved: Path, gpt2_base: Path, tmp_p
     assert format.assumed(parts) is None
 
 
+@pytest.mark.parametrize(("trained", "reference"), [("default", "ref"), ("trainable", "reference")])
+def test_the_reference_of_a_preference_training_is_left_out(
+    tmp_path: Path, gpt2_base: Path, trained: str, reference: str
+) -> None:
+    """As TRL leaves it: the adapter trained further, and beside it the frozen copy that it began as."""
+    model = with_adapters(gpt2_base, {trained: lora([1]), reference: lora([1])})
+    model.save_pretrained(str(tmp_path / "out"))
+    alone = tmp_path / "out" / ("" if trained == "default" else trained)
+    found = detect(tmp_path / "out")
+    assert torch.equal(outputs(tmp_path / "out", gpt2_base)[1], outputs(alone, gpt2_base)[1])
+    assert found.members(tmp_path / "out") == []
+    assert found.sha256(tmp_path / "out") == ADAPTERS.get("peft").sha256(alone)
+    assert f"{reference}, taken for the frozen reference" in str(found.assumed(tmp_path / "out"))
+    both = together([str(alone), str(tmp_path / "out" / reference)])
+    assert [member.name for member in detect(both).members(both)][1:] == [reference]
+    assert not torch.equal(outputs(both, gpt2_base)[1], outputs(alone, gpt2_base)[1])
+    shutil.rmtree(tmp_path / "out" / reference)
+    assert detect(alone).assumed(alone) is None
+
+
+def test_several_beside_a_reference(tmp_path: Path, gpt2_base: Path) -> None:
+    configs = {"default": lora([1]), "other": lora([2]), "ref": lora([1])}
+    with_adapters(gpt2_base, configs).save_pretrained(str(tmp_path / "out"))
+    found = detect(tmp_path / "out")
+    assert [member.name for member in found.members(tmp_path / "out")] == ["default", "other"]
+    said = str(found.assumed(tmp_path / "out"))
+    assert "default and other are taken as active together" in said
+    assert "ref, taken for the frozen reference" in said
+
+
 def test_changes_of_one_module_add_up(saved: Path, gpt2_base: Path) -> None:
     base = BaseWeights.at(str(gpt2_base))
     changes = detect(saved).weight_changes(saved, base)

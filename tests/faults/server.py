@@ -146,6 +146,8 @@ class FaultServer:
             self._idle.discard(writer)
         headers = {k.lower(): v for k, v in re.findall(r"^([^:\r\n]+): *([^\r\n]*)", head, re.MULTILINE)}
         raw = await self._body(reader, headers)
+        if writer.transport.is_closing():
+            return False  # we went away while this request came in: it was lost on its way, and is not charged for
         method, path = head.split(" ", 2)[:2]
         self.keys.append(headers.get("authorization", headers.get("x-api-key", "")))
         self.busy += 1

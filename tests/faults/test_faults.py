@@ -17,6 +17,7 @@ import pytest
 from autointerp.errors import ProviderError
 from autointerp.labeling.llm.faults import Retry, Terminal, from_status, retry_after
 from autointerp.labeling.llm.sending import Retries
+from autointerp.store import Store
 
 from .catalogue import STOP, Named, catalogue
 from .harness import bench, question, says, word
@@ -83,6 +84,25 @@ def test_a_lasting_fault_fails_the_question_only(tmp_path: Path, fault: Fault, n
             assert (await b.engine.ask(question(1), word, latent=1, purpose="label")).value == "yes"
 
     asyncio.run(run())
+
+
+def test_an_attempt_that_is_not_repeated_after_all_is_settled(tmp_path: Path):
+    """A call is lost after the provider has stopped us. The next attempt does not come; what is known of this one must
+    be in the store all the same, before the engine is closed."""
+
+    async def run():
+        plan = [Fault(breaks="hang"), error(401, "Incorrect API key provided")]
+        async with bench(tmp_path, plan, concurrency=2, timeout_s=0.8) as b:
+            asks = [b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(2)]
+            errors = await asyncio.gather(*asks, return_exceptions=True)
+            assert [type(e) for e in errors] == [ProviderError] * 2
+        with Store.open(tmp_path / "store.duckdb", "read") as store:
+            return store.read("SELECT * FROM calls ORDER BY latent")
+
+    calls = asyncio.run(run())
+    assert [call["status"] for call in calls] == ["in_doubt", "error"]
+    assert calls[0]["error"] == "no answer within the deadline"
+    assert calls[0]["seconds"] >= 0.8
 
 
 MASKED = Named("401, key masked", STOP, error(401, "Incorrect API key provided: sk-proj-****YZZY"))

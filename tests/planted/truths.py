@@ -39,6 +39,14 @@ def paired(recording: Recording, readers: np.ndarray, partners: np.ndarray, prop
     return fires @ (strength[:, None] * recording.W_dec[partners])
 
 
+def beyond_mean(recording: Recording, readers: np.ndarray, partners: np.ndarray) -> np.ndarray:
+    """Δx [n, d] where each reader writes its partner's direction by how much it exceeds its mean firing."""
+    z = recording.z.tocsc()[:, readers]
+    mean = np.array([z[:, at].data.mean() for at in range(len(readers))])
+    z.data = np.maximum(z.data - np.repeat(mean, np.diff(z.indptr)), 0).astype(np.float32)
+    return z @ recording.W_dec[partners]
+
+
 def recovered(fitted: FittedMap, latents: Sequence[int], readers: np.ndarray, partners: np.ndarray) -> int:
     """Pairs of which the reader is among `latents` and its row is first of all the partner's direction."""
     rows = fitted.rows_of(latents)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+REFERENCES = ("ref", "reference")
+"""Names under which preference training keeps a frozen copy of the adapter that it began with, and saves it with the
+trained one: TRL's own, and the one of its documentation."""
 
 
 class PeftFormat(AdapterFormat):
@@ -63,6 +66,9 @@ class PeftFormat(AdapterFormat):
         folder = local_folder(spec)
         return located(read_json(folder / CONFIG, "adapter").get("base_model_name_or_path"), folder)
 
+    def assumed(self, spec: str | Path) -> str | None:
+        return without_reference(local_folder(spec))
+
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
         return load_active([local_folder(spec)], base, dtype=dtype, device=device)
 
@@ -73,6 +79,17 @@ class PeftFormat(AdapterFormat):
         from autointerp.evidence.peft_weights import peft_changes
 
         return peft_changes([peft_files(local_folder(spec), base)])
+
+
+def without_reference(folder: Path) -> str | None:
+    """What is said where an adapter beneath `folder` is taken for the reference of a preference training."""
+    found = next((name for name in REFERENCES if (folder / name / CONFIG).is_file()), None)
+    if found is None:
+        return None
+    return (
+        f"{found}, taken for the frozen reference of a preference training, is left out: the change is that of all"
+        f" training since the base; --adapter once for each takes both"
+    )
 
 
 def load_active(

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from autointerp.errors import InputError
 from autointerp.evidence.adapters.base import ADAPTERS, AdapterFormat, Member, View, local_folder, separate
-from autointerp.evidence.adapters.peft import CONFIG, PeftFormat, load_active, load_active_onto, peft_files
+from autointerp.evidence.adapters.peft import (
+    CONFIG,
+    REFERENCES,
+    PeftFormat,
+    load_active,
+    load_active_onto,
+    peft_files,
+    without_reference,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +38,17 @@ class SeveralPeftFormat(AdapterFormat):
     """`NAME/adapter_config.json` and its weights for each of two or more; that of `default` lies in the folder itself.
 
     An adapter beneath with a model card of its own was saved by itself, as those of other trainings are, and is not
-    one of them; nor are a trainer's checkpoints.
+    one of them; nor are a trainer's checkpoints, nor the reference of a preference training, which may leave a single
+    one.
     """
 
     name = "peft-several"
     several = True
 
     def matches(self, path: Path) -> bool:
-        return len(_saved_together(path)) > 1 and not (path / "config.json").is_file()
+        folders = _saved_together(path)
+        named = folders not in ([], [path]) and (len(folders) > 1 or without_reference(path) is not None)
+        return named and not (path / "config.json").is_file()
 
     def files(self, path: Path) -> list[Path]:
         return [file for folder in _folders(path) for file in _PEFT.files(folder)]
@@ -69,19 +80,19 @@ class SeveralPeftFormat(AdapterFormat):
     def assumed(self, spec: str | Path) -> str | None:
         if len(separate(spec)) > 1:
             return None  # whoever named them said so
-        *names, last = (member.name for member in self.members(spec))
-        return f"{', '.join(names)} and {last} are taken as active together; --adapter takes one of them"
+        *names, last = (name for name, _ in _named(spec))
+        active = f"{', '.join(names)} and {last} are taken as active together; --adapter takes one of them"
+        left_out = without_reference(local_folder(spec))
+        return "; ".join(said for said in (active if names else None, left_out) if said)
 
     def members(self, spec: str | Path) -> list[Member]:
-        above = None if len(separate(spec)) > 1 else local_folder(spec)
-        return [
-            Member("default" if folder == above else folder.name, str(folder), _PEFT.sha256(folder))
-            for folder in _folders(spec)
-        ]
+        named = _named(spec)
+        return [Member(name, str(folder), _PEFT.sha256(folder)) for name, folder in named] if named[1:] else []
 
     def sha256(self, spec: str | Path) -> str:
         """Over the hashes of the adapters in their order: the same for one folder and for its parts one by one."""
-        return hashlib.sha256("".join(member.sha256 for member in self.members(spec)).encode()).hexdigest()
+        hashes = [_PEFT.sha256(folder) for folder in _folders(spec)]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest() if hashes[1:] else hashes[0]
 
     def load(self, spec: str | Path, base: str, *, dtype: str | torch.dtype, device: str | torch.device) -> ModelPair:
         return load_active(_folders(spec), base, dtype=dtype, device=device)
@@ -106,12 +117,18 @@ def _folders(spec: str | Path) -> list[Path]:
     return folders
 
 
+def _named(spec: str | Path) -> list[tuple[str, Path]]:
+    """`_folders`, and what their adapters are called."""
+    above = None if len(separate(spec)) > 1 else local_folder(spec)
+    return [("default" if folder == above else folder.name, folder) for folder in _folders(spec)]
+
+
 def _saved_together(folder: Path) -> list[Path]:
-    """`default`, which lies in `folder` itself, and the others by name."""
+    """`default`, which lies in `folder` itself, and the others by name; not the reference of a preference training."""
     below = [child for child in folder.iterdir() if (child / CONFIG).is_file()] if folder.is_dir() else []
     named = [child for child in below if not (child / _CARD).exists() and not _CHECKPOINT.fullmatch(child.name)]
-    own = [folder] if len(_PEFT.files(folder)) > 1 else []
-    return own + sorted(named, key=lambda child: child.name)
+    found = ([folder] if len(_PEFT.files(folder)) > 1 else []) + sorted(named, key=lambda child: child.name)
+    return [each for each in found if each == folder or each.name not in REFERENCES]
 
 
 def _check_one(folder: Path) -> None:

@@ -33,6 +33,7 @@ class Commits:
         self._first: _Load = {}
         self._others: _Load = {}
         self._n_others = 0
+        self._uncommitted: set[asyncio.Future[None]] = set()
         self._oldest = 0.0
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
@@ -51,8 +52,15 @@ class Commits:
         """As `put`, sooner, for a row whose key is new."""
         return self._queue(self._first, table, row)
 
+    async def settled(self) -> None:
+        """Returns when nothing waits any more: not every row has somebody who waits for it."""
+        while self._uncommitted:
+            await asyncio.wait(self._uncommitted)
+
     def _queue(self, load: _Load, table: str, row: Row) -> asyncio.Future[None]:
         committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._uncommitted.add(committed)
+        committed.add_done_callback(self._uncommitted.discard)
         load.setdefault((table, tuple(row)), []).append((row, committed))
         self._schedule()
         return committed

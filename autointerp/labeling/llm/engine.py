@@ -132,6 +132,7 @@ class Engine:
         self.stopping.set()
         while self._in_flight:
             await asyncio.wait(list(self._in_flight.values()))
+        await self._commits.settled()  # an attempt that was to be repeated did not wait for its own
 
     async def aclose(self) -> None:
         """`drain`, then close the connections."""
