@@ -45,6 +45,7 @@ RUN = _options(
         multiple=True,
         help="Adapter: path or hub id; several PEFT adapters are active together.  [default: the run directory]",
     ),
+    click.option("--since", help="Adapter that the base side carries: what was trained since it.  [default: none]"),
     click.option("--sae", help="SAE: a local folder, or a SAELens release/sae_id."),
     click.option("--hook", help="Hook point.  [default: what the SAE's config says]"),
     click.option("--corpus", help=".jsonl, .parquet, .txt, a folder of them, a saved dataset, or a hub id."),
@@ -96,7 +97,7 @@ LABELING = _options(
     click.option("--yes", is_flag=True, help="Do not ask before spending money."),
 )
 _RUN_KEYS = (
-    "base", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
+    "base", "since", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens", "top", "fdr", "device",
     "dtype", "seed", "scratch", "outcome_column", "sae_adapted", "checkpoints",
 )  # fmt: skip
 

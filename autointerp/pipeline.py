@@ -39,6 +39,7 @@ SELECTED = ("latents", "writes", "decoder_tokens", "contexts", "predictions", "s
 """Tables of a selection and what is collected for it."""
 EVERY_LATENT = 1_000_000
 """In batch mode all latents wait at once, for the same batch."""
+_OF_THE_RUN = ("base", "adapter", "adapter_format", "adapter_sha256", "since", "since_sha256", "sae", "corpus")
 EXIT_OF_STATUS = {"done": 0, "partial": 3, "budget": 4, "stopped": 5, "interrupted": 130}
 
 
@@ -351,10 +352,7 @@ def _run_row(job: Job, evidence: Evidence | WeightsEvidence) -> dict[str, Any]:
         "run_id": run.run_id,
         "path": str(run.path),
         "status": "done" if job.select_only else "running",
-        **{
-            name: getattr(run, name)
-            for name in ("base", "adapter", "adapter_format", "adapter_sha256", "sae", "corpus")
-        },
+        **{name: getattr(run, name) for name in _OF_THE_RUN},
         "adapters": _members(run),
         "assumed": _assumed(run),
         "hook": run.hook,

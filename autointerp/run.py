@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RUN_FILE = "run.yaml"
-KEYS = ("base", "adapter", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens")
+KEYS = ("base", "adapter", "since", "sae", "hook", "corpus", "text_column", "context_length", "max_tokens")
 """The keys of run.yaml; each is also a flag."""
-PATHS = ("base", "adapter", "sae", "corpus")
-_SINGLE = ("base", "sae", "corpus")
+PATHS = ("base", "adapter", "since", "sae", "corpus")
+_SINGLE = ("base", "since", "sae", "corpus")
 """Those of PATHS that are one; adapters can be several."""
 
 WEIGHTS_ONLY = ("weights",)
@@ -39,6 +39,7 @@ AUTO_TOP = 200
 _HUB_IDS = {
     "base": re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$"),
     "adapter": re.compile(r"^[\w-][\w.-]*/[\w.-]+$"),
+    "since": re.compile(r"^[\w-][\w.-]*/[\w.-]+$"),
     "sae": re.compile(r"^[\w-][\w.-]*/[^\s]+$"),  # release/sae_id; a sae_id has slashes of its own
     "corpus": re.compile(r"^[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?(?<!\.jsonl)(?<!\.parquet)(?<!\.txt)$"),
 }
@@ -109,6 +110,9 @@ class Run:
     text_column: str = "text"
     context_length: int = 128
     max_tokens: int = 1_000_000
+    since: str | None = None
+    """Another adapter of the same base, which the base side carries: the change is what was trained since it."""
+    since_sha256: str | None = None
     settings: Settings = Settings()
     checkpoints: tuple[Checkpoint, ...] = ()
     """Where the adapter is the end of a training that left checkpoints beneath its folder: those, in order, evenly
@@ -145,6 +149,7 @@ class Run:
 
         adapter, checkpoints = resolve(together(adapters or [str(folder)]), settings.checkpoints)
         name, sha256, base = _detected(adapter, located.get("base"), "base" in need)
+        since = located.get("since")
         return cls(
             path=folder,
             base=base,
@@ -157,6 +162,8 @@ class Run:
             text_column=view.text_column,
             context_length=view.context_length,
             max_tokens=view.max_tokens,
+            since=since,
+            since_sha256=None if since is None else _of_the_same(since, adapter, located.get("base")),
             settings=settings,
             checkpoints=checkpoints,
             fingerprints=prints | ({"base": fingerprint(base, "base")} if base else {}),
@@ -181,6 +188,7 @@ class Run:
         extra = {
             "sae_adapted": self.fingerprints.get("sae_adapted"),
             "outcome_column": self.settings.outcome_column,
+            "since": self.since_sha256,
         }
         parts = {
             "base": self.fingerprints.get("base", self.base),
@@ -325,3 +333,18 @@ def _detected(adapter: str, base: str | None, base_needed: bool) -> tuple[str, s
     if base is None and base_needed:
         raise InputError(f"no base model: adapter {adapter} names none; give --base, or base: in {RUN_FILE}")
     return found.name, found.sha256(adapter), base
+
+
+def _of_the_same(since: str, adapter: str, base: str | None) -> str:
+    """The hash of the adapter `since`; InputError where it names another base than `adapter`, and none is given."""
+    from autointerp.evidence import adapters
+
+    found = adapters.detect(since)
+    if base is None:
+        theirs, ours = found.base_of(since), adapters.detect(adapter).base_of(adapter)
+        if None not in (theirs, ours) and theirs != ours:
+            raise InputError(
+                f"since {since} names base {theirs}, adapter {adapter} names {ours}: if those are one model, give it"
+                " with --base; else give --since another adapter of this base"
+            )
+    return found.sha256(since)

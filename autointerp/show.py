@@ -150,7 +150,15 @@ def header(store: Store, run_id: str) -> Panel:
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     lines: list[tuple[str, list[str | None]]] = [
-        ("adapter", [_text(run["adapter"]), _together(run["adapters"]), _with("on ", run["base"])]),
+        (
+            "adapter",
+            [
+                _text(run["adapter"]),
+                _together(run["adapters"]),
+                _with("since ", run["since"]),
+                _with("on ", run["base"]),
+            ],
+        ),
         ("dictionary", [_text(run["sae"]), _with("at ", run["hook"]), _with("", run["d_sae"], " latents", "{:,}")]),
         (
             "read",

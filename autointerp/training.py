@@ -190,6 +190,8 @@ def command(job: Job) -> str:
 
 def _job(adapter: Path, model: Trained, **options: Any) -> Job:
     """The job on the adapter's files, with the device and dtype that the model in memory has."""
+    if (since := options.get("since")) is not None:
+        raise InputError(f"since {since}: in memory there is the base alone to compare with; label the saved adapter")
     device, dtype = device_and_dtype(model)
     if options.setdefault("dtype", dtype) not in (None, dtype):
         raise InputError(f"dtype {options['dtype']}: the model in memory is {dtype}; leave dtype out")

@@ -138,7 +138,7 @@ def test_bad_flags_are_one_line(home: Path, flags: dict[str, Any], says: str) ->
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("saes: ../sae\n", "run.yaml: unknown key 'saes'; the keys are base, adapter, sae, hook"),
+        ("saes: ../sae\n", "run.yaml: unknown key 'saes'; the keys are base, adapter, since, sae, hook"),
         ("sae: [\n", "run.yaml: not readable YAML"),
         ("just words\n", "run.yaml: a str, want lines of key: value"),
         ("sae: 3\n", "sae 3: want a path"),

@@ -41,6 +41,7 @@ from autointerp.evidence.stand_ins import rereading
 from autointerp.evidence.stream import Measured, Progress, measure
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.token_text import token_texts
+from autointerp.evidence.weights_only import refuse_since
 from autointerp.records import Context, DecoderToken, Ngrams, Prediction, Unit, Write
 from autointerp.run import WEIGHTS_ONLY, Run
 
@@ -97,6 +98,8 @@ class Evidence:
         `pair` and `tokenizer` are a model in memory, for a training callback; otherwise they are loaded from the run.
         """
         check_given(run)
+        if set(run.settings.selector) & set(WEIGHTS_ONLY):
+            refuse_since(run)
         documents = open_corpus(run.corpus or "", run.text_column)
         open_scratch(run.settings.scratch).close()
         device = str(torch_device(run.settings.device))
@@ -114,6 +117,7 @@ class Evidence:
                 device=run.settings.device,
                 sae=run.sae,
                 dictionary=dictionary,
+                since=run.since,
             )
         check_fits(dictionary, model.d_model, run.sae)
         check_context_length(run.context_length, model.max_positions)
@@ -131,9 +135,7 @@ class Evidence:
         measured = self._measure(progress)
         fitted = FittedMap(measured.statistics, self.dictionary.W_dec)
         spool = measured.spool
-        given = replace(
-            self._given, run=self.run, dictionary=self.dictionary, reread=rereading(spool, self.dictionary)
-        )
+        given = replace(self._given, run=self.run, dictionary=self.dictionary, reread=rereading(spool, self.dictionary))
         if given.outcome is not None:
             given = replace(given, outcome=by_order(given.outcome, (spool.place(s)[:2] for s in range(len(spool)))))
         if "gradients" in needs_of(settings.selector):
@@ -186,6 +188,8 @@ class Evidence:
         from autointerp.evidence.weights_evidence import units_of
 
         if self.dictionary.hook_in is not None:  # what reads and what is written are not of one stream
+            return []
+        if self.run.since is not None:  # they are of all that was trained
             return []
         return units_of(self.run, InMemory(self.dictionary))
 

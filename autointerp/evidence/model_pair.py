@@ -58,6 +58,10 @@ class ModelPair(ABC):
         """The base model alone, in modules of its own over the same weights."""
         return copy.deepcopy(self.model, self.shared_tensors())
 
+    def onwards(self, end: ModelPair) -> ModelPair:
+        """`end`, a pair on the same base, from where this one begins."""
+        return end
+
     def shared_tensors(self) -> dict[int, Any]:
         """The weights of every model, as a memo that keeps `copy.deepcopy` from copying them."""
         return {id(t): t for model in self.models for t in (*model.parameters(), *model.buffers())}

@@ -25,6 +25,7 @@ from autointerp.evidence.dictionaries import Dictionary
 from autointerp.evidence.hookpoints import HookPoint, resolve
 from autointerp.evidence.loading import load_config, load_tokenizer
 from autointerp.evidence.model_pair import ModelPair
+from autointerp.evidence.since import SincePair
 
 
 class _Reached(Exception):
@@ -66,23 +67,28 @@ class PairedModel:
         device: str = "auto",
         sae: str | None = None,
         dictionary: Dictionary | None = None,
+        since: str | None = None,
     ) -> PairedModel:
         """The pair of an adapter and its base, by path or hub id. The hook is checked before any weights are read.
 
         `dictionary`, loaded from `sae`, serves an adapter that acts on its latents, and says what else is read.
+        `since`: another adapter of the same base, which the base side carries.
         """
-        found = adapters.detect(adapter)
+        found, before = adapters.detect(adapter), None if since is None else adapters.detect(since)
         hook_in = None if dictionary is None else dictionary.hook_in
         for name in (hook, *([hook_in] if hook_in else [])):
             resolve(name, load_config(base))
         tokenizer = load_tokenizer(base, adapters.local_folder(adapters.separate(adapter)[0]))
         view = adapters.View(hook, sae, dictionary)
-        return cls(found.load_for(adapter, str(base), view, dtype=dtype, device=device), hook, tokenizer, hook_in)
+        pair = found.load_for(adapter, str(base), view, dtype=dtype, device=device)
+        if before is not None:
+            pair = SincePair(before.load_onto(str(since), str(base), view, pair.bare()), pair)
+        return cls(pair, hook, tokenizer, hook_in)
 
     def with_adapter(self, adapter: str, base: str, sae: str | None, dictionary: Dictionary | None) -> PairedModel:
         """The same base with another adapter, over the same weights where the adapter's kind allows. As `load`."""
         found, view = adapters.detect(adapter), adapters.View(self.hook.name, sae, dictionary)
-        pair = found.load_onto(adapter, base, view, self.pair.bare())
+        pair = self.pair.onwards(found.load_onto(adapter, base, view, self.pair.bare()))
         return PairedModel(pair, self.hook, self.tokenizer, None if self.hook_in is None else self.hook_in.name)
 
     def replica(self) -> PairedModel:

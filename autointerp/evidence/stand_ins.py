@@ -22,22 +22,26 @@ HINGES = (0.0, 0.5, 1.0, 2.0)
 """Where a curve may bend, in mean firings of its latent: max(z − h, 0). At 0 that is z itself."""
 MIN_LEFT = 0.1
 """Of what a latent adds to the others' lines: the share that it must add to their curves."""
+MOST_TOKENS = 200_000
+"""Read once more at most: the documents are in shuffled order."""
 RIDGE = 1e-3
 """Relative to each column's energy: curves of one latent are close to each other."""
 
 Reread = Callable[[Sequence[int]], Iterator[tuple[np.ndarray, np.ndarray]]]
-"""Base codes [n, k] of some latents and Δx [n, d], both float32, over the counted tokens of the fit half, some at a
-time."""
+"""Base codes [n, k] of some latents and Δx [n, d], both float32, over counted tokens of the fit half, some at a time."""
 
 
 def rereading(spool: Spool, dictionary: Dictionary) -> Reread:
-    """From the residual stream of the pass."""
+    """From the residual stream of the pass, MOST_TOKENS of it at most."""
 
     def reread(latents: Sequence[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        columns = torch.as_tensor(list(latents), device=dictionary.W_dec.device)
+        columns, read = torch.as_tensor(list(latents), device=dictionary.W_dec.device), 0
         for stretch in spool.stretches(which=fit_rows(spool.orders)):
             x_base, change = stretch.counted_change(dictionary.W_dec.shape[1])
             yield dictionary.encode_columns(x_base.to(columns.device), columns).float().cpu().numpy(), change
+            read += len(change)
+            if read >= MOST_TOKENS:
+                return
 
     return reread
 
@@ -78,13 +82,15 @@ class _Sums:
     """n, Σ f, Σ f fᵀ, Σ Δx, Σ f Δxᵀ of columns f [n, q] and the change [n, d]."""
 
     def __init__(self) -> None:
-        self.n, self.f, self.ff, self.change, self.fc = 0, 0.0, 0.0, 0.0, 0.0
+        self.n = 0
+        self.f = self.ff = self.change = self.fc = np.zeros(())
 
     def add(self, f: csr_matrix, change: np.ndarray) -> None:
         by_column = csr_matrix(f.T)
+        pairs = csr_matrix(by_column @ f)
         self.n += len(change)
         self.f = self.f + np.asarray(f.sum(0, dtype=np.float64)).ravel()
-        self.ff = self.ff + (by_column @ f).toarray().astype(np.float64)
+        self.ff = self.ff + pairs.toarray().astype(np.float64)
         self.change = self.change + change.sum(0, dtype=np.float64)
         self.fc = self.fc + product(by_column, np.ascontiguousarray(change)).astype(np.float64)
 

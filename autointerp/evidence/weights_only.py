@@ -209,6 +209,15 @@ def _relative(energy: Energy, blocks: Iterator[Block], m: int, centred: bool) ->
 
 
 @torch.no_grad()
+def refuse_since(run: Run) -> None:
+    """InputError, in one line, where a run is since an adapter and that cannot be read from weights."""
+    if run.since is not None:
+        raise InputError(
+            f"since {run.since}: reading the weights alone takes an adapter from its base; leave --since out, or use"
+            " --selector change"
+        )
+
+
 def read_weights(run: Run, directions: Directions) -> tuple[Change, Streamer]:
     """What the adapter of `run`, whose hook is known, changes around it. InputError, in one line, where its weights do
     not say."""

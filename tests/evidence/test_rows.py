@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from autointerp.evidence.fitted import FittedMap
 from autointerp.evidence.gather import Evidence
-from autointerp.evidence.rows import N_LATENTS, N_STATES, N_TOKENS, firing_states, mean_firing, read_rows
+from autointerp.evidence.rows import N_LATENTS, N_STATES, N_TOKENS, firing_states, read_rows
 from autointerp.evidence.screening import Screen
 from autointerp.evidence.spool import Spool
 from autointerp.evidence.stream import measure
@@ -64,7 +64,7 @@ def test_ranks_count_from_one_and_signs_fit_the_kinds(read: Read) -> None:
 
 def test_raised_and_lowered_latents_add_up_to_the_row(read: Read) -> None:
     """Own direction and targets, at their weights, are the least-squares reading of the row of the restricted map."""
-    rows, strength = read.fitted.rows_of(LATENTS), mean_firing(read.fitted)
+    rows, strength = read.fitted.rows_of(LATENTS), read.fitted.mean_firing
     z = read.fitted.statistics.base
     assert strength[20] == pytest.approx(z.total[20] / z.fired[20])
     for latent, kinds in read.writes.items():

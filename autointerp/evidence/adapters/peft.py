@@ -88,7 +88,7 @@ def without_reference(folder: Path) -> str | None:
         return None
     return (
         f"{found}, taken for the frozen reference of a preference training, is left out: the change is that of all"
-        f" training since the base; --adapter once for each takes both"
+        f" training since the base; --since {folder / found} asks what came after it"
     )
 
 

@@ -109,21 +109,7 @@ class Sender:
     async def _attempt(
         self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int
     ) -> tuple[Answer, asyncio.Future[None]]:
-        leave = await self._leave(request, sha256, latent, purpose, attempt)
-        outcome: Answer | Fault = Fault("cancelled", billable=True)
-        try:
-            self._limits.sent(leave.grant)
-            self.slots.sent()
-            try:
-                outcome = await self._provider.complete(request)
-            except Fault as fault:
-                outcome = fault
-            finally:
-                settled = self._ledger.settle(leave.entry, outcome)
-        finally:
-            self._learn(leave, outcome)
-            self.slots.release()
-            self.slots.near.release()
+        outcome, settled = await self._tried(request, sha256, latent, purpose, attempt)
         if isinstance(outcome, Answer):
             return outcome, settled
         if isinstance(outcome, Retry):
@@ -134,37 +120,53 @@ class Sender:
             raise self._stopped_by
         raise outcome
 
+    async def _tried(
+        self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int
+    ) -> tuple[Answer | Fault, asyncio.Future[None]]:
+        """How one call ended, and the commit of what it cost."""
+        await self.unless_stopped(self.slots.near.acquire())
+        try:
+            leave = await self._leave(request, sha256, latent, purpose, attempt)
+            outcome: Answer | Fault = Fault("cancelled", billable=True)
+            try:
+                self._limits.sent(leave.grant)
+                self.slots.sent()
+                try:
+                    outcome = await self._provider.complete(request)
+                except Fault as fault:
+                    outcome = fault
+                finally:
+                    settled = self._ledger.settle(leave.entry, outcome)
+            finally:
+                self._learn(leave, outcome)
+                self.slots.release()
+            return outcome, settled
+        finally:
+            self.slots.near.release()
+
     async def _leave(self, request: Request, sha256: str, latent: int | None, purpose: str, attempt: int) -> _Leave:
         """Gets all that a call needs; the slot last, so that the call goes as soon as the one before is answered."""
         entry, grant = await self.unless_stopped(self._admit(request))
+        await self._ledger.enter(entry, sha256, latent, purpose, attempt)
         try:
-            await self._ledger.enter(entry, sha256, latent, purpose, attempt)
-            try:
-                since = await self.unless_stopped(self._slot())
-            except BaseException:
-                await self._ledger.withdraw(entry)
-                raise
+            since = await self.unless_stopped(self._slot())
         except BaseException:
-            self.slots.near.release()
+            await self._ledger.withdraw(entry)
             raise
         return _Leave(replace(entry, started=time.monotonic()), grant, since)
 
     async def _admit(self, request: Request) -> tuple[Entry, Grant]:
-        """Waits until a slot is near, sets the money aside, waits for the limits. What is near is to be released."""
-        await self.slots.near.acquire()
-        entry: Entry | None = None
+        """Sets the money aside and waits for the limits."""
+        self._provider.load()
+        self._raise_stop()
+        entry = await self._ledger.reserve(request)
         try:
-            self._provider.load()
-            self._raise_stop()
-            entry = await self._ledger.reserve(request)
             grant = await self._limits.admit(request)
             self._raise_stop()
-            return entry, grant
         except BaseException:
-            if entry is not None:
-                self._ledger.free(entry)
-            self.slots.near.release()
+            self._ledger.free(entry)
             raise
+        return entry, grant
 
     async def _slot(self) -> int:
         """Waits for a slot, and for the end of a pause that began meanwhile."""
