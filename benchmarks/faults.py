@@ -250,7 +250,8 @@ KILLS = """
 `autointerp label --top {k} --concurrency …` in a process of its own on a tiny model, from nothing; killed
 at random moments, every fifth time in its first six seconds, then resumed to its end. A repeat is a request that had
 arrived before; entered are the calls on the ledger that were not settled at a kill: those in flight, and, with many
-slots, up to a fifth as many that wait for one. What was committed was neither lost nor asked again. `python -m benchmarks.faults kills --kills {n} --seed {seed}`
+slots, up to a fifth as many that wait for one. What was committed was neither lost nor asked again.
+`python -m benchmarks.faults kills --kills {n} --seed {seed}`
 """
 
 SECTIONS = ("calls", "scenes", "mixture", "kills")

@@ -41,7 +41,7 @@ from autointerp.evidence.stand_ins import rereading
 from autointerp.evidence.stream import Measured, Progress, measure
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.token_text import token_texts
-from autointerp.evidence.weights_only import refuse_since
+from autointerp.evidence.weights_only import changes_of
 from autointerp.records import Context, DecoderToken, Ngrams, Prediction, Unit, Write
 from autointerp.run import WEIGHTS_ONLY, Run
 
@@ -98,8 +98,6 @@ class Evidence:
         `pair` and `tokenizer` are a model in memory, for a training callback; otherwise they are loaded from the run.
         """
         check_given(run)
-        if set(run.settings.selector) & set(WEIGHTS_ONLY):
-            refuse_since(run)
         documents = open_corpus(run.corpus or "", run.text_column)
         open_scratch(run.settings.scratch).close()
         device = str(torch_device(run.settings.device))
@@ -189,8 +187,6 @@ class Evidence:
 
         if self.dictionary.hook_in is not None:  # what reads and what is written are not of one stream
             return []
-        if self.run.since is not None:  # they are of all that was trained
-            return []
         return units_of(self.run, InMemory(self.dictionary))
 
     def decoder_tokens(self) -> list[DecoderToken]:
@@ -242,13 +238,12 @@ def check_given(run: Run) -> None:
 
 def check_readable(run: Run, dictionary: Dictionary) -> None:
     """InputError where the adapter's weights do not say what it does."""
-    found = ADAPTERS.get(run.adapter_format)
-    if found.on_latents:
+    if ADAPTERS.get(run.adapter_format).on_latents:
         from autointerp.evidence.latent_weights import read_latents
 
         read_latents(run, dictionary)
     else:
-        found.weight_changes(run.adapter, BaseWeights.at(run.base))
+        changes_of(run, BaseWeights.at(run.base))
 
 
 def _option(setting: str) -> str:

@@ -27,6 +27,7 @@ from autointerp.evidence.hookpoints import HookPoint, resolve
 from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.units import Component, describe, network_rows, strongest
+from autointerp.evidence.weight_change import INSTEAD
 from autointerp.evidence.weight_files import read_json
 from autointerp.evidence.weights_only import Change, WeightScores, better_side, rank, score
 from autointerp.records import Role, Unit, UnitSide, Write, WriteKind
@@ -78,6 +79,8 @@ class LatentReading:
 def read_latents(run: Run, dictionary: Dictionary, mean: Tensor | None = None) -> LatentReading:
     """What the adapter of `run`, whose hook is known, does to each latent. mean: E[z] [m], from a corpus if there is
     one. InputError, in one line, where it acts on another dictionary's latents or at another place."""
+    if run.since is not None:
+        raise InputError(f"since {run.since}: the latents' own weights are those since the base; {INSTEAD}")
     if run.adapter_format != "sae_adapter":
         from autointerp.evidence.inserted_weights import read_inserted
 

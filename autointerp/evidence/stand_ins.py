@@ -28,7 +28,7 @@ RIDGE = 1e-3
 """Relative to each column's energy: curves of one latent are close to each other."""
 
 Reread = Callable[[Sequence[int]], Iterator[tuple[np.ndarray, np.ndarray]]]
-"""Base codes [n, k] of some latents and Δx [n, d], both float32, over counted tokens of the fit half, some at a time."""
+"""Base codes [n, k] of some latents and Δx [n, d], both float32, some counted tokens of the fit half at a time."""
 
 
 def rereading(spool: Spool, dictionary: Dictionary) -> Reread:

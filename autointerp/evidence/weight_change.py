@@ -81,6 +81,31 @@ def added_up(changes: Sequence[WeightChange]) -> WeightChange:
     return WeightChange(first.module, left, torch.cat(rights), first.vocabulary)
 
 
+def less(end: WeightChanges, start: WeightChanges) -> WeightChanges:
+    """What there is to `end` beyond `start`, whose factors are held in memory."""
+
+    def read() -> Iterator[WeightChange]:
+        before = {change.module: change for change in start}
+        for change in end:
+            other = before.pop(change.module, None)
+            yield change if other is None else _less(change, other)
+        yield from (WeightChange(c.module, -c.left, c.right, c.vocabulary) for c in before.values())
+        changes.left_out.update(end.left_out + start.left_out)
+
+    modules = sorted({*end.modules, *start.modules})
+    changes = WeightChanges(modules, read, end.low_rank and start.low_rank)
+    return changes
+
+
+def _less(end: WeightChange, start: WeightChange) -> WeightChange:
+    """Of one module."""
+    if end.right is not None and start.right is not None:
+        left = torch.cat([end.left, -start.left], dim=1)
+        return WeightChange(end.module, left, torch.cat([end.right, start.right]), end.vocabulary)
+    whole = [change.left if change.right is None else change.left @ change.right for change in (end, start)]
+    return WeightChange(end.module, whole[0] - whole[1], None, end.vocabulary)
+
+
 @dataclass
 class WeightChanges:
     """The changed matrices of an adapter, read one by one; can be gone through again."""

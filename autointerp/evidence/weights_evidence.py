@@ -18,7 +18,7 @@ from autointerp.evidence.latent_weights import read_latents
 from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
 from autointerp.evidence.units import describe, lora_components
-from autointerp.evidence.weights_only import Change, Streamer, rank, read_weights, refuse_since, score
+from autointerp.evidence.weights_only import Change, Streamer, changes_of, rank, read_weights, score
 from autointerp.evidence.wiring import Wiring
 from autointerp.records import DecoderToken, Unit, Write
 from autointerp.run import AUTO_TOP, Run
@@ -95,7 +95,7 @@ def units_of(run: Run, directions: Directions) -> list[Unit]:
     try:
         if isinstance(directions, InMemory) and ADAPTERS.get(run.adapter_format).on_latents:
             return read_latents(run, directions.dictionary).units
-        changes = ADAPTERS.get(run.adapter_format).weight_changes(run.adapter, base)
+        changes = changes_of(run, base)
         if not changes.low_rank:
             return []
         streamer = Streamer(Wiring.of(run.hook or "", None if base is None else base.config, changes.modules), base)
@@ -116,7 +116,6 @@ class WeightsEvidence:
         """Reads the adapter, and of the base what it takes, if it is here. InputError in one line."""
         if run.settings.top == "auto":
             raise InputError("--top auto follows the coverage curve, which takes a corpus: give --top a number")
-        refuse_since(run)
         directions = directions_for(run)
         run = run.with_hook(directions.hook)
         return cls(run, directions, reading_of(run, directions))

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from autointerp.errors import InputError
-from autointerp.evidence.adapters import ADAPTERS
+from autointerp.evidence.adapters import ADAPTERS, detect
 from autointerp.evidence.directions import Block, Directions
 from autointerp.evidence.energy import Energy, Standardised, relative, standardise
 from autointerp.evidence.selection import Ranking
 from autointerp.evidence.tensor_files import BaseWeights
-from autointerp.evidence.weight_change import INSTEAD, WeightChange, WeightChanges
+from autointerp.evidence.weight_change import INSTEAD, WeightChange, WeightChanges, less
 from autointerp.evidence.wiring import WRITERS, Side, Wiring
 from autointerp.records import Role
 from autointerp.run import Run
@@ -208,21 +208,24 @@ def _relative(energy: Energy, blocks: Iterator[Block], m: int, centred: bool) ->
     return relative(found, square, energy.trace, energy.d - centred)
 
 
+def changes_of(run: Run, base: BaseWeights | None) -> WeightChanges:
+    """What the run's adapter changes of the base's matrices, or of the base with the adapter that the run is since.
+    InputError, in one line, where weights do not say it."""
+    changes = ADAPTERS.get(run.adapter_format).weight_changes(run.adapter, base)
+    if run.since is None:
+        return changes
+    before = detect(run.since).weight_changes(run.since, base)
+    if not before.low_rank:
+        raise InputError(f"since {run.since}: its weight changes are no LoRA's; {INSTEAD}")
+    return less(changes, before)
+
+
 @torch.no_grad()
-def refuse_since(run: Run) -> None:
-    """InputError, in one line, where a run is since an adapter and that cannot be read from weights."""
-    if run.since is not None:
-        raise InputError(
-            f"since {run.since}: reading the weights alone takes an adapter from its base; leave --since out, or use"
-            " --selector change"
-        )
-
-
 def read_weights(run: Run, directions: Directions) -> tuple[Change, Streamer]:
     """What the adapter of `run`, whose hook is known, changes around it. InputError, in one line, where its weights do
     not say."""
     base = BaseWeights.at(run.base)
-    changes = ADAPTERS.get(run.adapter_format).weight_changes(run.adapter, base)
+    changes = changes_of(run, base)
     config = None if base is None else base.config
     streamer = Streamer(Wiring.of(run.hook or "", config, changes.modules), base)
     change = sum_up(changes, streamer, directions.d)

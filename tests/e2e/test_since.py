@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.evidence.test_peft_several import lora, with_adapters
 
 from .world import HOOK, Shell, World, read, refused
 
+WEIGHTS = "SELECT latent, change FROM latents JOIN runs USING (run_id) WHERE selector = 'weights' ORDER BY latent"
 CHOSEN = "SELECT latent, change FROM latents WHERE run_id = '{}' AND selected ORDER BY rank"
 
 
@@ -78,11 +80,20 @@ def test_the_change_since_is_a_run_of_its_own(preferred: World, world: World, sh
     for row, want in zip(chosen, expected, strict=True):
         assert row["change"] == pytest.approx(want["change"], rel=1e-3)
     assert shell(*preferred.args("check", since=start, quiet=True)).status == 0
+    weights, other_db = {"selector": ["weights"], "fdr": 0.9, "corpus": None}, preferred.path / "other.duckdb"
+    assert shell(*preferred.args("select", since=start, base=world.base, **weights)).status == 0
+    assert shell(*preferred.args("select", run=end, base=base, db=other_db, **weights)).status == 0
+    sizes, expected = ([row["change"] for row in read(db, WEIGHTS)] for db in (preferred.db, other_db))
+    assert max(sizes) > 0
+    assert sizes == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_cannot_be_since(preferred: World, world: World, shell: Shell, tmp_path: Path) -> None:
-    start = preferred.adapter / "ref"
-    refused(shell(*preferred.args("select", since=start, selector=["weights"], corpus=None)), "leave --since out")
+    whole: Any = AutoModelForCausalLM.from_pretrained(world.base)
+    torch.nn.init.normal_(whole.transformer.h[1].mlp.c_fc.weight)
+    whole.save_pretrained(tmp_path / "whole")
+    by_weights = {"selector": ["weights"], "corpus": None, "base": world.base}
+    refused(shell(*preferred.args("select", since=tmp_path / "whole", **by_weights)), "weight changes are no LoRA's")
     refused(shell(*preferred.args("select", since=tmp_path / "none")), "since .*none: no such file or folder")
     other = tiny.save_lora(tmp_path / "other", tiny.save_model(tmp_path / "base", "gpt2", seed=5), [1])
     refused(shell(*preferred.args("select", since=other)), f"names base {tmp_path / 'base'}, .*--since another adapter")

@@ -105,3 +105,13 @@ def test_rereading_gives_the_fit_half() -> None:
         z, change = (np.concatenate(parts) for parts in zip(*rereading(spool, dictionary)(latents), strict=True))
     for got, want in ((z, 0), (change, 1)):
         np.testing.assert_allclose(got, torch.cat([pair[want] for pair in wanted]).numpy(), atol=1e-5)
+
+
+def test_a_long_text_is_not_reread_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autointerp.evidence.stand_ins.MOST_TOKENS", 10_000)
+    dictionary, n = load_dictionary(ORGANISM / "sae"), 9_000
+    x = torch.zeros(n, dictionary.d_in)
+    with Spool(dictionary.d_in, torch.float32) as spool:
+        for order in (0, 1, 4, 5):  # all of them in the fit half
+            spool.append(x, x, np.arange(n), np.ones(n, bool), order, order, 0)
+        assert sum(len(change) for _, change in rereading(spool, dictionary)([0])) == 2 * n

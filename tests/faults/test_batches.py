@@ -16,6 +16,7 @@ from autointerp.labeling.base import LabelingSettings, make_scorer
 from autointerp.labeling.labelers.llm import LLMLabeler
 from autointerp.labeling.llm.anthropic import CACHEABLE_BYTES
 from autointerp.labeling.llm.batch_api import BatchApi
+from autointerp.labeling.llm.batch_sending import BatchSender
 from autointerp.labeling.llm.faults import Interrupted, Terminal
 
 from .harness import KEY, SOON, Bench, bench, question, says, word
@@ -29,6 +30,18 @@ PROVIDERS = pytest.mark.parametrize("provider", ["openai", "anthropic"])
 async def ask_all(b: Bench, n: int) -> list[Any]:
     asks = (b.engine.ask(question(i), word, latent=i, purpose="label") for i in range(n))
     return await asyncio.gather(*asks, return_exceptions=True)
+
+
+async def ask_in_one(b: Bench, n: int) -> list[asyncio.Task[Any]]:
+    """The questions on their way in one batch, or answered already: also on a machine so busy that they would else come
+    too far apart for that."""
+    sender = b.engine._sender
+    assert isinstance(sender, BatchSender)
+    with b.engine.hold():
+        tasks = [asyncio.create_task(b.engine.ask(question(i), word, latent=i, purpose="label")) for i in range(n)]
+        while len(sender._open) + sum(task.done() for task in tasks) < n:
+            await asyncio.sleep(0.001)
+    return tasks
 
 
 def creations(server: FaultServer) -> int:
@@ -272,7 +285,7 @@ async def crash(folder: Path, provider: str, moment: str, server: FaultServer, m
             monkeypatch.setattr(api, "ended", killed)
         else:
             monkeypatch.setattr(batches, "_settle", killed)
-        tasks = [asyncio.create_task(b.engine.ask(question(i), word, latent=i, purpose="label")) for i in range(5)]
+        tasks = await ask_in_one(b, 5)
         await asyncio.wait_for(reached.wait(), 30)
         await asyncio.sleep(0.05)
         for task in tasks:
@@ -296,7 +309,7 @@ def test_a_batch_outlives_its_process(tmp_path: Path, provider: str, moment: str
             n = creations(server)
             assert n == (0 if moment == "before it is created" else 1)
             async with bench(tmp_path, provider=provider, server=server, batch=True, run_id="run") as b:
-                replies = await ask_all(b, 5)
+                replies = await asyncio.gather(*await ask_in_one(b, 5))
                 assert [reply.value for reply in replies] == ["yes"] * 5
                 assert creations(server) == 1, "adopted, not paid for again"
                 assert {reply.stored for reply in replies} == {bool(n)}
