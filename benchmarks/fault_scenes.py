@@ -86,8 +86,12 @@ async def refused_connections(folder: Path, provider: str) -> list[Scene]:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         async with bench(folder, provider=provider) as b:
-            b.engine.provider.endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-            label = await LLMLabeler(b.engine, LabelingSettings("run")).label(planted())
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv(f"{provider.upper()}_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+                engine = b.make("run")
+            label = await LLMLabeler(engine, LabelingSettings("run")).label(planted())
+            await engine.aclose()
+            assert label.status == "failed"
             return [scene("nobody listens", label.status, b)]
 
 
