@@ -87,8 +87,8 @@ def without_reference(folder: Path) -> str | None:
     if found is None:
         return None
     return (
-        f"{found}, taken for the frozen reference of a preference training, is left out: the change is that of all"
-        f" training since the base; --since {folder / found} asks what came after it"
+        f"{found}, taken for the frozen reference of a preference training, is no part of the adapter;"
+        f" --since {folder / found} asks what came after it"
     )
 
 
