@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -56,14 +56,15 @@ def device_and_dtype(model: Trained) -> tuple[str, str]:
     return str(weight.device), _DTYPES[dtype]
 
 
-def pair_of(model: Trained, base: str | os.PathLike[str] | None) -> ModelPair:
-    """Base and adapted. For a full fine-tune the base is loaded from `base`; weights that are equal are kept once."""
+def pair_of(model: Trained, base: str | os.PathLike[str] | None, since: str | None = None) -> ModelPair:
+    """Base and adapted. For a full fine-tune the base is loaded from `base`; weights that are equal are kept once.
+    since: the name of an adapter in the model, which the base side carries."""
     from autointerp.evidence.loading import load_causal_lm
     from autointerp.evidence.model_pair import ModelPair, TwoModels
 
     if isinstance(model, PeftModel):
-        return ModelPair.from_peft(model)
-    _check_full(model, base)
+        return ModelPair.from_peft(model, since)
+    _check_full(model, base, since)
     other = load_causal_lm(str(base), dtype=model.dtype, device=model.device)
     theirs = dict(model.named_parameters())
     for name, weight in other.named_parameters():
@@ -72,22 +73,24 @@ def pair_of(model: Trained, base: str | os.PathLike[str] | None) -> ModelPair:
     return TwoModels(other, model, "the model in memory")
 
 
-def untrained_pair_of(model: Trained, base: str | os.PathLike[str] | None) -> ModelPair:
+def untrained_pair_of(model: Trained, base: str | os.PathLike[str] | None, since: str | None = None) -> ModelPair:
     """The pair before the training, for checks: both sides the same, what is going to be trained counted as changed."""
     from autointerp.evidence.loading import load_config
     from autointerp.evidence.model_pair import ModelPair, TwoModels
 
     if not isinstance(model, PeftModel):
-        _check_full(model, base)
+        _check_full(model, base, since)
         load_config(str(base))
         return TwoModels(model, model)
-    pair = ModelPair.from_peft(model)
+    pair = ModelPair.from_peft(model, since)
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     pair.changed_modules = frozenset(name for name, module in pair.model.named_modules() if isinstance(module, kinds))
     return pair
 
 
-def _check_full(model: PreTrainedModel, base: str | os.PathLike[str] | None) -> None:
+def _check_full(model: PreTrainedModel, base: str | os.PathLike[str] | None, since: str | None) -> None:
+    if since is not None:
+        raise InputError(f"since {since!r}: the model in memory holds no adapters; leave since out")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError("the adapter was put in by add_adapter: use peft.get_peft_model, or save and label it later")
     if base is None:
@@ -97,12 +100,13 @@ def _check_full(model: PreTrainedModel, base: str | os.PathLike[str] | None) -> 
         )
 
 
-def save(model: Trained, folder: Path) -> Path:
-    """Writes the adapter, or the whole model where all of it is trained; the folder that its files are in."""
+def save(model: Trained, folder: Path, names: Sequence[str] | None = None) -> Path:
+    """Writes the active adapters or those named, or the whole model where all of it is trained; the folder that the
+    files are in."""
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder)
         return folder
-    names = list(model.active_adapters)
+    names = list(model.active_adapters if names is None else names)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         for stale in (*folder.glob(name), *folder.glob(f"*/{name}")):
             stale.unlink()  # of another training into the same run, whose adapters had other names
@@ -119,6 +123,7 @@ def save(model: Trained, folder: Path) -> Path:
 
 def save_placeholder(folder: Path) -> Path:
     """The least that passes for an adapter on disk, to check the rest of a run before there is one."""
+    folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({}, folder / "adapter_model.safetensors")
     return folder

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("autointerp")
 
-ADAPTER = "adapter"
-"""Folder of the run directory that holds what was trained."""
+ADAPTER, SINCE = "adapter", "since"
+"""Folders of the run directory: what was trained, and the adapter that the base side carries."""
 SHOWN = 5
 """Labels in the summary."""
 _FLAGS = ("top", "selector", "fdr", "seed", "dtype", "outcome_column", "sae_adapted")
@@ -110,6 +110,7 @@ def label_model(
     sae: str | os.PathLike[str],
     corpus: str | os.PathLike[str],
     run_dir: str | os.PathLike[str],
+    since: str | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Results:
@@ -117,6 +118,8 @@ def label_model(
 
     model: a PEFT model; or, with `base=` (a path or hub id, loaded beside it), a transformers model all of which was
     trained. Wrappers of accelerate, DDP and torch.compile may be around it. tokenizer: the base's own where None.
+    since: the name of another adapter in the PEFT model, which the base side carries: `ref` asks what DPO or GRPO
+    changed in the adapter that it began with.
     `options`: as `autointerp.label`; device and dtype are the model's.
 
     In an event loop it may be called too; the loop waits. Afterwards the model and all generators of random numbers are
@@ -125,9 +128,10 @@ def label_model(
     trained = bare(model)
     folder = Path(run_dir).expanduser().resolve()
     with undisturbed(trained):
-        pair = pair_of(trained, options.get("base"))
+        pair = pair_of(trained, options.get("base"), since)
         adapter = save(trained, folder / ADAPTER)
-        job = _job(adapter, trained, sae=sae, corpus=corpus, **options)
+        start = None if since is None else save(trained, folder / SINCE, [since])
+        job = _job(adapter, trained, sae=sae, corpus=corpus, since=start, **options)
         job = dataclasses.replace(job, run=dataclasses.replace(job.run, path=folder))
         own = _own_tokenizer(tokenizer, job, adapter)
         _write_run_file(job)
@@ -140,7 +144,9 @@ def label_model(
     return results
 
 
-def check_inputs(model: nn.Module, tokenizer: Any = None, *, progress: bool = False, **options: Any) -> None:
+def check_inputs(
+    model: nn.Module, tokenizer: Any = None, *, since: str | None = None, progress: bool = False, **options: Any
+) -> None:
     """InputError for what would stop `label_model` after the training, as far as it can be seen before.
 
     Options, SAE, corpus, hook and store are opened and held against the model; nothing is written.
@@ -151,8 +157,9 @@ def check_inputs(model: nn.Module, tokenizer: Any = None, *, progress: bool = Fa
 
     trained = bare(model)
     with undisturbed(trained), tempfile.TemporaryDirectory() as folder:
-        pair = untrained_pair_of(trained, options.get("base"))
-        job = _job(save_placeholder(Path(folder)), trained, **options)
+        pair = untrained_pair_of(trained, options.get("base"), since)
+        start = None if since is None else save_placeholder(Path(folder) / SINCE)
+        job = _job(save_placeholder(Path(folder)), trained, since=start, **options)
         check_labeler(job.labeler, job.settings("?"))
         check_scorers(job)
         if job.db.exists():
@@ -190,8 +197,6 @@ def command(job: Job) -> str:
 
 def _job(adapter: Path, model: Trained, **options: Any) -> Job:
     """The job on the adapter's files, with the device and dtype that the model in memory has."""
-    if (since := options.get("since")) is not None:
-        raise InputError(f"since {since}: in memory there is the base alone to compare with; label the saved adapter")
     device, dtype = device_and_dtype(model)
     if options.setdefault("dtype", dtype) not in (None, dtype):
         raise InputError(f"dtype {options['dtype']}: the model in memory is {dtype}; leave dtype out")
@@ -201,7 +206,8 @@ def _job(adapter: Path, model: Trained, **options: Any) -> Job:
 
 def _write_run_file(job: Job) -> None:
     values = {key: getattr(job.run, key) for key in KEYS}
-    values["adapter"] = os.path.relpath(job.run.adapter, job.run.path)
+    for key in ("adapter", "since"):
+        values[key] = values[key] and os.path.relpath(values[key], job.run.path)
     lines = yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
     header = f"# Written at the end of the training. To finish its labels, or see them again:\n#   {command(job)}\n"
     (job.run.path / RUN_FILE).write_text(header + lines)

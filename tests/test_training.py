@@ -310,6 +310,48 @@ def test_adapters_that_are_active_together_are_one_change(tmp_path: Path):
     assert results.sql("SELECT count(*) FROM runs").fetchone() == (1,)
 
 
+def test_what_was_trained_since_another_adapter_in_memory(tmp_path: Path):
+    """As DPO has it: `ref` is the adapter that `default` began as. In memory, and from the files that are left."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(ORGANISM / "model", dtype=torch.float32)
+    configs = [
+        LoraConfig(target_modules=["mlp.c_proj"], layers_to_transform=layers, modules_to_save=saved, r=4)
+        for layers, saved in (([1], ["ln_f"]), ([0, 1], None))
+    ]
+    model: Any = get_peft_model(base, configs[0])
+    model.add_adapter("ref", configs[1])
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
+    before = state_of(model)
+    tokenizer = AutoTokenizer.from_pretrained(ORGANISM / "model")
+    options = {**SMALL, "max_tokens": 6000, "db": tmp_path / "a.duckdb"}
+    with pytest.raises(InputError, match="beside the active adapter the model in memory holds ref"):
+        check_inputs(model, tokenizer, since="start", **options)
+    check_inputs(model, tokenizer, since="ref", **options)
+    results = label_model(model, tokenizer, run_dir=tmp_path / "run", since="ref", **options)
+    check_same(before, state_of(model))
+    columns = (
+        "SELECT latent, round(mean_base, 3), round(mean_adapted, 3) FROM latents WHERE freq_base > 0.01 ORDER BY 1"
+    )
+    found = results.sql(columns).fetchall()
+    since, static = results.sql("SELECT since, static_share FROM runs").fetchone()
+    assert since == str(tmp_path / "run/since/ref")
+    again = ["label", "--run", str(tmp_path / "run"), "--top", "5", "--quiet", "--db"]
+    assert cli.run([*again, str(tmp_path / "a.duckdb")]) == 0
+    assert results.sql("SELECT count(*) FROM runs").fetchone() == (1,), "the same run"
+    assert cli.run([*again, str(tmp_path / "b.duckdb")]) == 0
+    files = autointerp.open(tmp_path / "b.duckdb")
+    assert files.sql(columns).fetchall() == found
+    assert files.sql("SELECT static_share FROM runs").fetchone()[0] == pytest.approx(static, rel=1e-3)
+    whole = label_model(model, tokenizer, run_dir=tmp_path / "whole", **{**options, "db": tmp_path / "c.duckdb"})
+    assert whole.sql(columns).fetchall() != found, "since the base it is another change"
+
+
 def test_wrappers_are_taken_off_and_shards_refused(trained: Trained):
     model = trained.model
     assert bare(nn.DataParallel(model)) is model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self
@@ -92,23 +92,28 @@ class ModelPair(ABC):
         )
 
     @staticmethod
-    def from_peft(model: PeftModel) -> PeftPair:
+    def from_peft(model: PeftModel, since: str | None = None) -> PeftPair:
         """The pair inside a PEFT model in memory; it is left exactly as it was after every use.
 
-        InputError where switching the adapter off does not give the base model back.
+        since: the name of another adapter in it, which the base side carries. InputError where there is none of that
+        name, or where switching the adapter off does not give the base model back.
         """
-        for config in (model.peft_config[name] for name in model.active_adapters):
+        if since is not None and (since not in model.peft_config or since in model.active_adapters):
+            others = ", ".join(sorted(model.peft_config.keys() - set(model.active_adapters))) or "no other"
+            raise InputError(f"since {since!r}: beside the active adapter the model in memory holds {others}")
+        names = [*model.active_adapters, *([] if since is None else [since])]
+        for config in (model.peft_config[name] for name in names):
             if reason := acts_elsewhere(config):
                 raise InputError(f"the adapter in memory {reason}")
             if reason := alters_base(config):
                 raise InputError(f"the adapter in memory {reason}: save it, and run autointerp label on its folder")
-        return PeftPair(model)
+        return PeftPair(model, since)
 
 
 class PeftPair(ModelPair):
-    """One PEFT model; the base side is the same weights with the adapter layers switched off."""
+    """One PEFT model; the base side is the same weights with the adapter layers switched off, or over to another."""
 
-    def __init__(self, model: PeftModel):
+    def __init__(self, model: PeftModel, since: str | None = None):
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -121,10 +126,13 @@ class PeftPair(ModelPair):
             raise InputError(f"PEFT type {kind}: changes no module of the model that can be compared")
         if merged := [name for name, layer in named.items() if getattr(layer, "merged", False)]:
             raise InputError(f"the adapter is merged into {merged[0]}: call model.unmerge_adapter() first")
-        self._layers = list(named.values())
+        self._layers, self._since = list(named.values()), since
         self._evaluation = Evaluation(self._model)
         self.layout = Layout.of(self._model)
-        self.changed_modules = frozenset(name for name, layer in named.items() if has_effect(layer))
+        acting = [None] if since is None else [None, [since]]
+        self.changed_modules = frozenset(
+            name for name, layer in named.items() if any(has_effect(layer, names) for names in acting)
+        )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -145,14 +153,19 @@ class PeftPair(ModelPair):
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
         # PeftModel.disable_adapter would do, but asks the status of every layer each time: too slow for once a batch.
-        enabled = [layer for layer in self._layers if not layer.disable_adapters]
+        enabled = [(layer, list(layer.active_adapters)) for layer in self._layers if not layer.disable_adapters]
         with self._evaluation():
             try:
-                for layer in enabled:
-                    layer.enable_adapters(False)
+                for layer, _ in enabled:
+                    if self._since is not None and _holds(layer, self._since):
+                        layer.set_adapter([self._since])
+                    else:
+                        layer.enable_adapters(False)
                 yield self._model
             finally:
-                for layer in enabled:
+                for layer, names in enabled:
+                    if self._since is not None:
+                        layer.set_adapter(names)
                     layer.enable_adapters(True)
 
 
@@ -206,15 +219,24 @@ def alters_base(config: Any) -> str | None:
     return None
 
 
-def has_effect(layer: Any) -> bool:
-    """Whether a PEFT layer's active adapters change its output at all. True in doubt."""
+def _holds(layer: Any, name: str) -> bool:
+    """Whether an adapter is in a PEFT layer at all."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return name in layer._adapters
+    return any(name in getattr(layer, parts) for parts in layer.adapter_layer_names)
+
+
+def has_effect(layer: Any, names: Sequence[str] | None = None) -> bool:
+    """Whether a PEFT layer's active adapters, or those named, change its output at all. True in doubt."""
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
     if not isinstance(layer, AuxiliaryTrainingWrapper) and layer.disable_adapters:
         return False
-    names = list(layer.active_adapters)
+    names = list(layer.active_adapters) if names is None else names
     if isinstance(layer, LoraLayer):
         return any(_lora_has_effect(layer, name) for name in names)
     if isinstance(layer, IA3Layer):

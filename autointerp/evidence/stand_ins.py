@@ -22,8 +22,8 @@ HINGES = (0.0, 0.5, 1.0, 2.0)
 """Where a curve may bend, in mean firings of its latent: max(z − h, 0). At 0 that is z itself."""
 MIN_LEFT = 0.1
 """Of what a latent adds to the others' lines: the share that it must add to their curves."""
-MOST_TOKENS = 200_000
-"""Read once more at most: the documents are in shuffled order."""
+MOST_TOKENS = 50_000
+"""Read once more at most: the documents are in shuffled order, and some dictionaries encode all latents or none."""
 RIDGE = 1e-3
 """Relative to each column's energy: curves of one latent are close to each other."""
 

@@ -58,7 +58,8 @@ def test_keys(world: World) -> None:
 
 def test_a_run_says_what_it_was(world: World) -> None:
     (run,) = read(world.db, "SELECT * FROM runs")
-    assert {name for name, value in run.items() if value is None} <= {"notes", "assumed", "adapters"}
+    empty = {name for name, value in run.items() if value is None}
+    assert empty <= {"notes", "assumed", "adapters", "since", "since_sha256"}
     assert (run["path"], run["adapter"], run["base"]) == (str(world.adapter), str(world.adapter), str(world.base))
     assert (run["status"], run["adapter_format"], run["sae_format"]) == ("done", "peft", "saelens/topk")
     assert (run["hook"], run["d_model"], run["d_sae"]) == ("blocks.2.hook_resid_post", 32, M)
