@@ -36,10 +36,11 @@ DEFAULT_CHECKPOINTS = 20
 AUTO_TOP = 200
 """Latents that `--top auto` selects at most."""
 
+_ADAPTER_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 _HUB_IDS = {
     "base": re.compile(r"^[\w-][\w.-]*(/[\w.-]+)?$"),
-    "adapter": re.compile(r"^[\w-][\w.-]*/[\w.-]+$"),
-    "since": re.compile(r"^[\w-][\w.-]*/[\w.-]+$"),
+    "adapter": _ADAPTER_ID,
+    "since": _ADAPTER_ID,
     "sae": re.compile(r"^[\w-][\w.-]*/[^\s]+$"),  # release/sae_id; a sae_id has slashes of its own
     "corpus": re.compile(r"^[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?(?<!\.jsonl)(?<!\.parquet)(?<!\.txt)$"),
 }
@@ -163,7 +164,7 @@ class Run:
             context_length=view.context_length,
             max_tokens=view.max_tokens,
             since=since,
-            since_sha256=None if since is None else _of_the_same(since, adapter, located.get("base")),
+            since_sha256=since and _begins_with(since, adapter, None if "base" in located else base),
             settings=settings,
             checkpoints=checkpoints,
             fingerprints=prints | ({"base": fingerprint(base, "base")} if base else {}),
@@ -335,16 +336,13 @@ def _detected(adapter: str, base: str | None, base_needed: bool) -> tuple[str, s
     return found.name, found.sha256(adapter), base
 
 
-def _of_the_same(since: str, adapter: str, base: str | None) -> str:
-    """The hash of the adapter `since`; InputError where it names another base than `adapter`, and none is given."""
-    from autointerp.evidence import adapters
-
-    found = adapters.detect(since)
-    if base is None:
-        theirs, ours = found.base_of(since), adapters.detect(adapter).base_of(adapter)
-        if None not in (theirs, ours) and theirs != ours:
-            raise InputError(
-                f"since {since} names base {theirs}, adapter {adapter} names {ours}: if those are one model, give it"
-                " with --base; else give --since another adapter of this base"
-            )
-    return found.sha256(since)
+def _begins_with(since: str, adapter: str, base: str | None) -> str:
+    """The hash of the adapter `since`. base: what `adapter` names, None where that does not matter; InputError where
+    the two name different ones."""
+    _, sha256, theirs = _detected(since, None, False)
+    if None not in (theirs, base) and theirs != base:
+        raise InputError(
+            f"since {since} names base {theirs}, adapter {adapter} names {base}: if those are one model, give it with"
+            " --base; else give --since another adapter of this base"
+        )
+    return sha256

@@ -6,7 +6,7 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Self
 
@@ -92,7 +92,7 @@ class ModelPair(ABC):
         )
 
     @staticmethod
-    def from_peft(model: PeftModel, since: str | None = None) -> PeftPair:
+    def from_peft(model: PeftModel, since: str | None = None) -> ModelPair:
         """The pair inside a PEFT model in memory; it is left exactly as it was after every use.
 
         since: the name of another adapter in it, which the base side carries. InputError where there is none of that
@@ -107,13 +107,15 @@ class ModelPair(ABC):
                 raise InputError(f"the adapter in memory {reason}")
             if reason := alters_base(config):
                 raise InputError(f"the adapter in memory {reason}: save it, and run autointerp label on its folder")
-        return PeftPair(model, since)
+        pair = PeftPair(model)
+        return pair if since is None else SincePair(PeftPair(model, since), pair)
 
 
 class PeftPair(ModelPair):
-    """One PEFT model; the base side is the same weights with the adapter layers switched off, or over to another."""
+    """One PEFT model; the base side is the same weights with the adapter layers switched off."""
 
-    def __init__(self, model: PeftModel, since: str | None = None):
+    def __init__(self, model: PeftModel, name: str | None = None):
+        """name: of an adapter in it that the adapted side has instead of those that are active."""
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -126,13 +128,11 @@ class PeftPair(ModelPair):
             raise InputError(f"PEFT type {kind}: changes no module of the model that can be compared")
         if merged := [name for name, layer in named.items() if getattr(layer, "merged", False)]:
             raise InputError(f"the adapter is merged into {merged[0]}: call model.unmerge_adapter() first")
-        self._layers, self._since = list(named.values()), since
+        self._layers, self._name = list(named.values()), name
         self._evaluation = Evaluation(self._model)
         self.layout = Layout.of(self._model)
-        acting = [None] if since is None else [None, [since]]
-        self.changed_modules = frozenset(
-            name for name, layer in named.items() if any(has_effect(layer, names) for names in acting)
-        )
+        names = None if name is None else [name]
+        self.changed_modules = frozenset(module for module, layer in named.items() if has_effect(layer, names))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -147,25 +147,37 @@ class PeftPair(ModelPair):
 
     @contextmanager
     def adapted(self) -> Iterator[PreTrainedModel]:
-        with self._evaluation():
+        switched = nullcontext() if self._name is None else self._switched_to(self._name)
+        with self._evaluation(), switched:
             yield self._model
+
+    @contextmanager
+    def _switched_to(self, name: str) -> Iterator[None]:
+        enabled = [layer for layer in self._layers if not layer.disable_adapters]
+        before = [list(layer.active_adapters) for layer in enabled]
+        try:
+            for layer in enabled:
+                if _holds(layer, name):
+                    layer.set_adapter([name])
+                else:
+                    layer.enable_adapters(False)
+            yield
+        finally:
+            for layer, names in zip(enabled, before, strict=True):
+                layer.set_adapter(names)
+                layer.enable_adapters(True)
 
     @contextmanager
     def base(self) -> Iterator[PreTrainedModel]:
         # PeftModel.disable_adapter would do, but asks the status of every layer each time: too slow for once a batch.
-        enabled = [(layer, list(layer.active_adapters)) for layer in self._layers if not layer.disable_adapters]
+        enabled = [layer for layer in self._layers if not layer.disable_adapters]
         with self._evaluation():
             try:
-                for layer, _ in enabled:
-                    if self._since is not None and _holds(layer, self._since):
-                        layer.set_adapter([self._since])
-                    else:
-                        layer.enable_adapters(False)
+                for layer in enabled:
+                    layer.enable_adapters(False)
                 yield self._model
             finally:
-                for layer, names in enabled:
-                    if self._since is not None:
-                        layer.set_adapter(names)
+                for layer in enabled:
                     layer.enable_adapters(True)
 
 
@@ -195,6 +207,36 @@ class TwoModels(ModelPair):
     def adapted(self) -> Iterator[PreTrainedModel]:
         with self._evaluations[1]():
             yield self._adapted
+
+
+class SincePair(ModelPair):
+    """The adapted sides of two pairs on one base: what was trained since the first, as the reference of a DPO."""
+
+    def __init__(self, start: ModelPair, end: ModelPair):
+        """They may share their weights, and be one PEFT model with another adapter each."""
+        self._start, self._end = start, end
+        self.layout = start.layout
+        self.changed_modules = start.changed_modules | end.changed_modules
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._start.model
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return *self._start.models, *self._end.models
+
+    def base(self) -> AbstractContextManager[PreTrainedModel]:
+        return self._start.adapted()
+
+    def adapted(self) -> AbstractContextManager[PreTrainedModel]:
+        return self._end.adapted()
+
+    def bare(self) -> PreTrainedModel:
+        return self._start.bare()
+
+    def onwards(self, end: ModelPair) -> ModelPair:
+        return SincePair(self._start.replica(), end)
 
 
 def acts_elsewhere(config: Any) -> str | None:

@@ -24,8 +24,7 @@ from autointerp.evidence.at_hook import patched
 from autointerp.evidence.dictionaries import Dictionary
 from autointerp.evidence.hookpoints import HookPoint, resolve
 from autointerp.evidence.loading import load_config, load_tokenizer
-from autointerp.evidence.model_pair import ModelPair
-from autointerp.evidence.since import SincePair
+from autointerp.evidence.model_pair import ModelPair, SincePair
 
 
 class _Reached(Exception):

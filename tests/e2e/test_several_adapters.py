@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from tests import tiny
 from tests.evidence.test_peft_several import edit, lora, with_adapters
 
-from .world import Shell, World, read, refused
+from .world import Shell, World, read, refused, with_adapters_of
 
 CHOSEN = "SELECT latent, rank, role, round(change, 6) AS change FROM latents WHERE selected ORDER BY rank"
 
@@ -19,13 +18,8 @@ CHOSEN = "SELECT latent, rank, role, round(change, 6) AS change FROM latents WHE
 @pytest.fixture
 def both(world: World, tmp_path: Path) -> World:
     """A world whose run directory holds the adapters `one` and `two`, as peft saves them, and none besides."""
-    made = World(tmp_path / "w")
-    made.path.mkdir()
-    shutil.copytree(world.sae, made.sae)
-    shutil.copy(world.corpus, made.corpus)
     configs = {"one": lora([1]), "two": lora([1, 2], target_modules=["c_fc", "c_proj"])}
-    with_adapters(world.base, configs).save_pretrained(str(made.adapter))
-    return made
+    return with_adapters_of(world, tmp_path / "w", with_adapters(world.base, configs))
 
 
 def test_a_folder_of_adapters_and_each_of_them_is_one_run(both: World, world: World, shell: Shell) -> None:

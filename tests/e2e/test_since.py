@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from autointerp.evidence.paired import PairedModel
 from tests import tiny
 from tests.evidence.test_peft_several import lora, with_adapters
 
-from .world import HOOK, Shell, World, read, refused
+from .world import HOOK, Shell, World, read, refused, with_adapters_of
 
 WEIGHTS = "SELECT latent, change FROM latents JOIN runs USING (run_id) WHERE selector = 'weights' ORDER BY latent"
 CHOSEN = "SELECT latent, change FROM latents WHERE run_id = '{}' AND selected ORDER BY rank"
@@ -24,13 +23,8 @@ CHOSEN = "SELECT latent, change FROM latents WHERE run_id = '{}' AND selected OR
 @pytest.fixture
 def preferred(world: World, tmp_path: Path) -> World:
     """As a preference training leaves it: `default`, trained further, and beneath it `ref`, the adapter it began as."""
-    made = World(tmp_path / "w")
-    made.path.mkdir()
-    shutil.copytree(world.sae, made.sae)
-    shutil.copy(world.corpus, made.corpus)
     both = with_adapters(world.base, {"default": lora([1], target_modules=["c_fc"]), "ref": lora([0, 1])})
-    both.save_pretrained(str(made.adapter))
-    return made
+    return with_adapters_of(world, tmp_path / "w", both)
 
 
 def alone(base: Path, adapter: Path) -> torch.Tensor:

@@ -91,6 +91,16 @@ def build(path: Path, family: str = "gpt2", layers: tuple[int, ...] = (1,), seed
     return world
 
 
+def with_adapters_of(world: World, path: Path, model: Any) -> World:
+    """The SAE and the corpus of `world` at `path`, and as run directory the adapters in `model`, as peft saves them."""
+    made = World(path)
+    made.path.mkdir()
+    shutil.copytree(world.sae, made.sae)
+    shutil.copy(world.corpus, made.corpus)
+    model.save_pretrained(str(made.adapter))
+    return made
+
+
 def save_calm_model(path: Path, family: str, seed: int = 0) -> Path:
     """A random model whose stream is mostly the tokens' embeddings, so that latents fire on words and labels exist."""
     made = model(family, seed)
