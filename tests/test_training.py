@@ -236,9 +236,9 @@ class Interrupting(Reporter):
 
     def advance(self, stage: str, n: int = 1, note: str = "") -> None:
         if not self.pressed:
+            self.pressed = True
             os.kill(os.getpid(), signal.SIGINT)
-        self.pressed = True
-        time.sleep(0.01)
+            time.sleep(1.0)  # on a busy machine it takes its time
 
 
 def test_ctrl_c_ends_the_labelling_and_not_the_training(
